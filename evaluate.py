@@ -1,0 +1,811 @@
+"""Score a checkpoint on a data set, or predict images.
+
+    python evaluate.py                                          # checkpoints/train/best.pt on its own validation split
+    python evaluate.py --tta                                    # scales 0.75, 1, 1.25, each also flipped
+    python evaluate.py --slide 256 256 --slide-stride 170 170   # sliding window, memory constant in the image's height
+    python evaluate.py --images photo.jpg --out predictions     # photo_ids.png and photo_overlay.png
+
+Writes results.json, confusion.png, class_iou.png and examples.png to --out.
+
+mIoU here: one int64 K x K confusion matrix over the whole data set, at label resolution; the IoU of a class is
+TP / (TP + FP + FN), and a class that is absent from both prediction and label is NaN and left out of the mean. So
+neither the batch size nor the number of processes changes the number.
+
+Logits never exist at full size. They stay at the network's stride and are upsampled a few rows at a time straight into
+the arg max: 150 classes at 2048 x 1024 would otherwise be 1.2 GiB for one image.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import resource
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import tv_tensors
+from tqdm import tqdm
+
+from datasets import (
+    DataError,
+    DataInfo,
+    count,
+    decode_image,
+    eval_loader,
+    eval_transform,
+    open_dataset,
+    positive_float,
+    positive_int,
+)
+from models import ModelError, count_params, load_checkpoint, model_name
+
+CHUNK = 1 << 20  # numbers in one chunk of upsampled logits: 4 MiB of float32, about what a CPU core's cache holds
+TTA_SCALES = (0.75, 1.0, 1.25)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+
+class ConfusionMatrix:
+    """Pixel counts (K, K), int64 on the CPU: rows are the label, columns the prediction.
+
+    mIoU rule: one matrix over the whole data set, and a class absent from both prediction and label is NaN and left out
+    of the mean.
+    """
+
+    def __init__(self, num_classes, ignore_index=255):
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def update(self, target, prediction):
+        """Add the pixels of two integer tensors of one shape. ValueError names the values that are no class."""
+        if target.shape != prediction.shape:
+            raise ValueError(f"target is {tuple(target.shape)} but prediction is {tuple(prediction.shape)}")
+        target, prediction = target.cpu().flatten(), prediction.cpu().flatten()
+        valid = target != self.ignore_index
+        target, prediction = target[valid].long(), prediction[valid].long()  # long first: uint8 sums would wrap round
+        for name, ids in (("target", target), ("prediction", prediction)):
+            bad = ids[(ids < 0) | (ids >= self.num_classes)]
+            if bad.numel():
+                allowed = f"0..{self.num_classes - 1} or {self.ignore_index} (ignored)"
+                raise ValueError(f"{name} holds {bad.unique().tolist()[:10]}, expected {allowed}")
+        pairs = torch.bincount(target * self.num_classes + prediction, minlength=self.num_classes**2)
+        self.counts += pairs.view(self.num_classes, self.num_classes)
+
+    def reduce(self):
+        """A new matrix summed over the processes; this one keeps its own counts, so reducing twice counts once."""
+        total = ConfusionMatrix(self.num_classes, self.ignore_index)
+        total.counts = sum_over_processes(self.counts)
+        return total
+
+    def metrics(self):
+        """miou, macc, aacc in percent; class_iou and class_acc, in percent; classes_averaged.
+
+        macc is the mean accuracy (recall) of the classes present in the label. What is undefined is NaN.
+        """
+        counts = self.counts.double()
+        hits, labelled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
+        iou = 100 * hits / (labelled + predicted - hits)  # 0 / 0 is NaN: the class is in neither
+        acc = 100 * hits / labelled
+        return {
+            "miou": iou.nanmean().item(),
+            "macc": acc.nanmean().item(),
+            "aacc": (100 * hits.sum() / counts.sum()).item(),
+            "class_iou": iou.tolist(),
+            "class_acc": acc.tolist(),
+            "classes_averaged": int((~iou.isnan()).sum()),
+        }
+
+
+class BoundaryIoU:
+    """IoU of mask boundaries, summed per class over the data set (Cheng et al. 2021, arXiv 2103.16562).
+
+    The boundary of a mask is the mask minus the mask eroded by d = 2% of the image diagonal. The outside of the image
+    counts as background, as in the paper's code. Ignored pixels belong to no mask, in label and prediction alike.
+    """
+
+    def __init__(self, num_classes, ignore_index=255, *, ratio=0.02):
+        self.num_classes, self.ignore_index, self.ratio = num_classes, ignore_index, ratio
+        self.counts = torch.zeros(2, num_classes, dtype=torch.int64)  # intersection, union
+
+    def update(self, target, prediction):
+        """Add the images of two integer tensors (N, H, W)."""
+        target, prediction = target.cpu(), prediction.cpu()
+        valid = target != self.ignore_index
+        # Class ids move up by one, so that 0 is free for what belongs to no mask: ignored pixels and the outside.
+        ids = torch.stack([target.to(torch.int16), prediction.to(torch.int16)]) + 1  # (2, N, H, W)
+        ids *= valid
+        edges = ids * boundary_pixels(ids, max(1, round(self.ratio * math.hypot(*target.shape[-2:]))))
+        both = edges[0][edges[0] == edges[1]]
+        inter, label, predicted = (
+            torch.bincount(x.flatten().long(), minlength=self.num_classes + 1)[1:] for x in (both, edges[0], edges[1])
+        )
+        self.counts += torch.stack([inter, label + predicted - inter])
+
+    def reduce(self):
+        """A new object summed over the processes."""
+        total = BoundaryIoU(self.num_classes, self.ignore_index, ratio=self.ratio)
+        total.counts = sum_over_processes(self.counts)
+        return total
+
+    def metrics(self):
+        """boundary_iou in percent (mean over classes, NaN left out) and class_boundary_iou, a list."""
+        inter, union = self.counts.double()
+        iou = 100 * inter / union
+        return {"boundary_iou": iou.nanmean().item(), "class_boundary_iou": iou.tolist()}
+
+
+def boundary_pixels(ids, d):
+    """(..., H, W) ids > 0 -> bool: the pixels that an erosion by d removes from the mask of their own class.
+
+    A pixel of class c survives if its whole (2d+1) x (2d+1) window is c, so if the window's minimum and maximum are
+    both c. That is one max-pool and one min-pool for all classes together, where mask by mask it would be K of them.
+    """
+    padded = F.pad(ids, (d, d, d, d), value=0)
+    highest, lowest = window_max(padded, 2 * d + 1), -window_max(-padded, 2 * d + 1)
+    return highest != lowest
+
+
+def window_max(x, size):
+    """Maximum over every size x size window, (..., H, W) -> (..., H - size + 1, W - size + 1).
+
+    A max-pool of stride 1 by doubling: the maximum over 2n pixels is that of two windows of n, so log2(size) steps.
+    """
+    for dim in (-2, -1):
+        width = 1
+        while width < size:
+            shift = min(width, size - width)
+            keep = x.shape[dim] - shift
+            x = torch.maximum(x.narrow(dim, 0, keep), x.narrow(dim, shift, keep))
+            width += shift
+    return x
+
+
+def sum_over_processes(counts):
+    """The sum over all processes of a CPU tensor, as a new one; a plain copy where there is only one process."""
+    total = counts.clone()
+    if dist.is_available() and dist.is_initialized():
+        total = total.cuda() if dist.get_backend() == "nccl" else total  # nccl sums on the GPU only
+        dist.all_reduce(total)
+    return total.cpu()
+
+
+# ---- prediction -----------------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """Low-resolution logits of one look (a scale, perhaps mirrored) at a part of the image."""
+
+    logits: Tensor  # (N, K, h, w)
+    steps: tuple  # logits pixels per pixel of that part, vertically and horizontally
+    flipped: bool
+
+
+def upsample_rows(logits, rows, cols):
+    """Bilinear samples of logits (N, K, h, w) at source coordinates rows (R,), cols (C,) -> float32 (N, K, R, C).
+
+    Coordinates are float64 on the CPU, in pixels of the logits, clamped at the border. With (r + 0.5) * h / H - 0.5 it
+    is F.interpolate(align_corners=False) to H rows; only the rows asked for are computed.
+    """
+    (y0, y1, ty), (x0, x1, tx) = neighbours(rows, logits.shape[-2]), neighbours(cols, logits.shape[-1])
+    top, bottom = int(y0.min()), int(y1.max()) + 1
+    band = logits[:, :, top:bottom].float()  # float before mixing: bfloat16 has 8 bits
+    device, shape = band.device, (*band.shape[:3], len(cols))
+    # Columns first, while there are few rows. gather is 5 times faster here than indexing.
+    left, right = (band.gather(3, x.to(device).expand(shape)) for x in (x0, x1))
+    band = torch.lerp(left, right, tx.to(device))  # (N, K, bottom - top, C)
+    above, below = (band.index_select(2, (y - top).to(device)) for y in (y0, y1))
+    return torch.lerp(above, below, ty.to(device)[:, None])
+
+
+def neighbours(coords, length):
+    """Source coordinates -> the two neighbouring indices in 0..length-1 and the weight of the second one."""
+    coords = coords.clamp(0, length - 1)
+    low = coords.floor()
+    return low.long(), (low.long() + 1).clamp(max=length - 1), (coords - low).float()
+
+
+def look(model, images, *, scales, flip, amp_dtype):
+    """Run the network on images (N, 3, H, W) at every scale, and mirrored too if `flip` -> list of View."""
+    views = []
+    height, width = images.shape[-2:]
+    for scale in scales:
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        scaled = images
+        if size != (height, width):
+            scaled = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
+        padded = [math.ceil(n / model.stride) * model.stride for n in size]
+        for flipped in (False, True) if flip else (False,):
+            with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                logits = model.decode(model.encode(scaled.flip(-1) if flipped else scaled))
+            h, w = logits.shape[-2:]
+            views.append(View(logits, (size[0] / height * h / padded[0], size[1] / width * w / padded[1]), flipped))
+    return views
+
+
+def view_rows(views, rows, cols, width):
+    """Scores (N, K, R, C) at pixel positions rows, cols of the part of the image that the views show, `width` wide.
+
+    One view: its logits. Several: the sum of their softmax, in float32. A mirrored view is read at mirrored positions,
+    which undoes the flip after the padding on its right has been cropped.
+    """
+    total = None
+    for logits, (step_y, step_x), flipped in views:
+        x = width - cols if flipped else cols
+        scores = upsample_rows(logits, rows * step_y - 0.5, x * step_x - 0.5)
+        if len(views) == 1:
+            return scores
+        total = scores.softmax(1) if total is None else total.add_(scores.softmax(1))
+    return total
+
+
+def whole_scores(model, images, size, **look_options):
+    """Yield (first row, scores (N, K, R, W)) for chunks of rows of the output `size`, from one pass over the images."""
+    height, width = images.shape[-2:]
+    views = look(model, images, **look_options)
+    rows, cols = centres(size[0], height), centres(size[1], width)
+    step = chunk_rows(views[0].logits, size[1])
+    for first in range(0, size[0], step):
+        yield first, view_rows(views, rows[first : first + step], cols, width)
+
+
+def slide_scores(model, images, size, window, stride, **look_options):
+    """Like whole_scores, from windows (h, w) at `stride` that cover the images, the last one flush with the border.
+
+    Scores add up where windows overlap; a mean has the same arg max. Only the rows that the present row of windows
+    covers are kept, so memory does not grow with the height of the image.
+    """
+    (height, width), (window_h, window_w) = images.shape[-2:], window
+    rows, cols = centres(size[0], height), centres(size[1], width)
+    tops, lefts = (starts(n, w, s) for n, w, s in zip((height, width), window, stride, strict=True))
+    band, first = None, 0  # sums (N, K, R, W) of the output rows first, first + 1, ...
+    for top, next_top in zip(tops, [*tops[1:], height], strict=True):
+        start, stop = span(rows, top, top + window_h)  # output rows whose centre lies in this row of windows
+        for left in lefts:
+            views = look(model, images[:, :, top : top + window_h, left : left + window_w], **look_options)
+            logits = views[0].logits
+            if band is None:
+                band = logits.new_zeros((*logits.shape[:2], 0, size[1]), dtype=torch.float32)
+            if left == 0:  # a new row of windows: zeros below the rows that it shares with the last one
+                band = F.pad(band, (0, 0, 0, stop - first - band.shape[2]))
+            c0, c1 = span(cols, left, left + window_w)
+            step = chunk_rows(logits, max(1, c1 - c0))
+            for r0 in range(start, stop if c1 > c0 else start, step):
+                r1 = min(r0 + step, stop)
+                scores = view_rows(views, rows[r0:r1] - top, cols[c0:c1] - left, window_w)
+                band[:, :, r0 - first : r1 - first, c0:c1] += scores
+        done = span(rows, top, next_top)[1] - first  # rows that no later window reaches
+        yield first, band[:, :, :done]
+        band, first = band[:, :, done:], first + done
+
+
+def centres(count, length):
+    """Centres of `count` output pixels, in pixels of an image of `length` (float64)."""
+    return (torch.arange(count, dtype=torch.float64) + 0.5) * (length / count)
+
+
+def span(positions, low, high):
+    """Index range (start, stop) of the sorted positions in low <= p < high."""
+    return torch.searchsorted(positions, torch.tensor([low, high], dtype=positions.dtype)).tolist()
+
+
+def starts(length, window, stride):
+    """Where the windows begin: every `stride`, the last one flush with the end."""
+    return [*range(0, length - window, stride), length - window]
+
+
+def chunk_rows(logits, width):
+    """How many output rows of `width` to upsample at once. A GPU likes larger pieces than a CPU cache."""
+    limit = 16 * CHUNK if logits.is_cuda else CHUNK
+    return max(1, limit // (logits.shape[0] * logits.shape[1] * width))
+
+
+@torch.inference_mode()
+def predict(model, images, *, size=None, scales=(1.0,), flip=False, window=None, stride=None, amp_dtype=None):
+    """Class ids (N, H, W) of images (N, 3, h, w) at `size` (H, W), default the images' own. uint8, int16 if K > 255.
+
+    scales, flip: average the softmax of several views. window, stride: (h, w) of a sliding window in pixels of the
+    images (stride: 2/3 of the window if None); what windows give, logits or with several views their softmax, is
+    averaged in overlaps. amp_dtype: autocast to it, None for float32. ModelError if the stride leaves gaps.
+    """
+    height, width = images.shape[-2:]
+    size = (height, width) if size is None else tuple(size)
+    options = {"scales": scales, "flip": flip, "amp_dtype": amp_dtype}
+    if window is not None:
+        stride = [max(1, n * 2 // 3) for n in window] if stride is None else stride
+        if not all(0 < s <= w for s, w in zip(stride, window, strict=True)):
+            raise ModelError(
+                f"stride {tuple(stride)} leaves gaps between windows of {tuple(window)}; give 1 up to the window"
+            )
+        window = (min(window[0], height), min(window[1], width))
+    if window is None or window == (height, width):
+        parts = whole_scores(model, images, size, **options)
+    else:
+        parts = slide_scores(model, images, size, window, stride, **options)
+    ids = None
+    for first, scores in parts:
+        if ids is None:
+            dtype = torch.uint8 if scores.shape[1] <= 255 else torch.int16
+            ids = torch.empty((len(images), *size), dtype=dtype, device=scores.device)
+        # max(1) also gives the arg max, and is 7 times faster on a CPU than argmax(1).
+        ids[:, first : first + scores.shape[2]] = scores.max(1).indices
+    return ids
+
+
+def evaluate(
+    model,
+    loader,
+    *,
+    num_classes,
+    ignore_index,
+    device,
+    boundary=True,
+    progress=False,
+    on_batch=None,
+    reduce=True,
+    **predict_options,
+):
+    """Score the model on batches (images (N, 3, h, w), target (N, H, W)), at the size of the target -> dict.
+
+    Keys: those of the two metrics() above, confusion (nested list), images, images_per_second. Under torch.distributed
+    each process gives its own share of the data and gets the numbers of the whole; reduce=False where only this one
+    evaluates. on_batch(images, target, prediction) sees every batch. Afterwards every module is in the mode, training
+    or not, that it was in before.
+    """
+    matrix = ConfusionMatrix(num_classes, ignore_index)
+    edges = BoundaryIoU(num_classes, ignore_index) if boundary else None
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    images_seen, start = 0, time.perf_counter()
+    try:
+        for images, target in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
+            prediction = predict(model, images.to(device), size=target.shape[-2:], **predict_options).cpu()
+            matrix.update(target, prediction)
+            if edges:
+                edges.update(target, prediction)
+            if on_batch:
+                on_batch(images, target, prediction)
+            images_seen += len(images)
+    finally:
+        for module, was_training in training:
+            module.training = was_training
+    if reduce:
+        matrix, edges = matrix.reduce(), edges and edges.reduce()
+        images_seen = int(sum_over_processes(torch.tensor(images_seen)))
+    metrics = matrix.metrics() | {"confusion": matrix.counts.tolist(), "images": images_seen}
+    metrics["images_per_second"] = images_seen / (time.perf_counter() - start)
+    return metrics | (edges.metrics() if edges else {})
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def colorize(ids, palette):
+    """Class ids (H, W) -> RGB uint8 (3, H, W) in the palette's colours; ids outside of it (ignored) are black."""
+    table = torch.zeros(len(palette) + 1, 3, dtype=torch.uint8)
+    table[:-1] = torch.tensor(palette, dtype=torch.uint8)
+    ids = ids.long().cpu()
+    return table[torch.where((ids >= 0) & (ids < len(palette)), ids, len(palette))].permute(2, 0, 1)
+
+
+def overlay(image, ids, palette, alpha=0.5):
+    """uint8 image (3, H, W) with the colours of ids (H, W) laid over it; alpha 1 hides the image."""
+    return torch.lerp(image.float(), colorize(ids, palette).float(), alpha).round().to(torch.uint8)
+
+
+def save_figure(figure, path, *, limit=200_000):
+    """Write a matplotlib figure as PNG of 256 colours, at 100 dpi or as many as keep it under `limit` bytes."""
+    from PIL import Image
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for dpi in (100, 80, 65, 50, 40):
+        drawn, packed = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, dpi=dpi)
+        image = (
+            Image.open(drawn).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        )
+        image.save(packed, "PNG", optimize=True)
+        if packed.tell() < limit:
+            break
+    path.write_bytes(packed.getvalue())
+
+
+def plot_confusion(matrix, classes, path):
+    """Confusion matrix (K, K) of pixel counts, each row in percent of its label's pixels."""
+    from matplotlib.figure import Figure
+
+    counts = torch.as_tensor(matrix).double()
+    percent = 100 * counts / counts.sum(1, keepdim=True)  # NaN, drawn grey, where the label never occurs
+    k = len(classes)
+    side = max(4.0, 0.38 * k + 1.6)
+    figure = Figure(figsize=(side + 0.9, side), layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("0.85")
+    shown = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
+    for i, j in (percent >= 0.5).nonzero().tolist():  # what rounds to 0 is left out
+        value = percent[i, j].item()
+        axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 55 else "black")
+    axes.set_xticks(range(k), classes, rotation=90, fontsize=8)
+    axes.set_yticks(range(k), classes, fontsize=8)
+    axes.set(title="Confusion matrix, % of each label's pixels", xlabel="prediction", ylabel="label")
+    figure.colorbar(shown, ax=axes, shrink=0.8, label="% of the label's pixels")
+    save_figure(figure, path)
+
+
+def plot_class_iou(ious, classes, palette, path):
+    """Bars of the IoU of each class in percent, in the data set's order, with the mean; NaN is written as absent."""
+    values = [None if v is None or math.isnan(v) else v for v in ious]
+    known = [v for v in values if v is not None]
+    figure, axes, label_style = class_bars([v or 0 for v in values], classes, palette)
+    for i, value in enumerate(values):
+        axes.text((value or 0) + 1, i, "absent" if value is None else f"{value:.1f}", **label_style)
+    if known:
+        mean = sum(known) / len(known)
+        axes.axvline(mean, color="black", linestyle="--", linewidth=1, label=f"mean of {len(known)}: {mean:.1f}")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0)
+    axes.set(xlim=(0, 108), xticks=range(0, 101, 20), xlabel="IoU (%)")
+    axes.set_title("IoU by class", loc="left")
+    save_figure(figure, path)
+
+
+def plot_class_distribution(counts, classes, palette, path):
+    """Bars of the share of labelled pixels of each class in percent, on a log scale; counts (K,) in pixels."""
+    percent = (100 * torch.as_tensor(counts).double() / max(1, int(torch.as_tensor(counts).sum()))).tolist()
+    figure, axes, label_style = class_bars(percent, classes, palette)
+    floor = min([p for p in percent if p > 0], default=1) / 3
+    axes.set_xscale("log")
+    axes.set_xlim(floor, 300)
+    for i, value in enumerate(percent):
+        axes.text(max(value, floor) * 1.1, i, f"{value:.2g}" if value else "absent", **label_style)
+    axes.set(title="Class distribution", xlabel="share of labelled pixels (%, log scale)")
+    save_figure(figure, path)
+
+
+def class_bars(values, classes, palette):
+    """Figure, axes with one horizontal bar a class (the first on top), and the style of a number beside its bar."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, max(2.0, 0.26 * len(classes) + 1.1)), layout="constrained")
+    axes = figure.subplots()
+    colors = [tuple(c / 255 for c in rgb) for rgb in palette]
+    axes.barh(range(len(classes)), values, color=colors, edgecolor="0.3", linewidth=0.5)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_ylim(len(classes) - 0.4, -0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    return figure, axes, dict(va="center", fontsize=8, bbox=dict(facecolor="white", edgecolor="none", pad=0.6))
+
+
+def plot_examples(rows, info, path):
+    """Grid image | label | prediction | error; rows of (uint8 image (3, H, W), label (H, W), prediction (H, W))."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    height, width = rows[0][1].shape
+    present = sorted({int(v) for _, label, ids in rows for v in torch.cat([label.unique(), ids.unique()]).long()})
+    present = [c for c in present if c != info.ignore_index and c < len(info.classes)]
+    legend_rows = math.ceil((len(present) + 3) / 8)
+    tall = (3.0 * height / width + 0.2) * len(rows)
+    figure = Figure(figsize=(12.2, tall + 0.5 + 0.24 * legend_rows), layout="constrained")
+    axes = figure.subplots(len(rows), 4, squeeze=False)
+    errors = ((170, 170, 170), (214, 39, 40))  # correct grey, wrong red; ignored black, as no class has that id
+    for line, (image, label, ids) in zip(axes, rows, strict=True):
+        label, ids = label.long(), ids.long()
+        valid = label != info.ignore_index
+        wrong = torch.where(valid, (label != ids).long(), 2)
+        accuracy = 100 * int((label == ids)[valid].sum()) / max(1, int(valid.sum()))
+        pictures = (image, colorize(label, info.palette), colorize(ids, info.palette), colorize(wrong, errors))
+        for cell, picture in zip(line, pictures, strict=True):
+            cell.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            cell.set(xticks=[], yticks=[])
+        line[3].set_xlabel(f"{accuracy:.1f}% of pixels correct", fontsize=8)
+    for cell, title in zip(axes[0], ("image", "label", "prediction", "error"), strict=True):
+        cell.set_title(title)
+    named = [(info.classes[c], info.palette[c]) for c in present]
+    named += [("correct", errors[0]), ("wrong", errors[1]), ("ignored", (0, 0, 0))]
+    patches = [Patch(facecolor=[c / 255 for c in rgb], edgecolor="0.3", label=name) for name, rgb in named]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(8, len(patches)), fontsize=8, frameon=False)
+    save_figure(figure, path)
+
+
+# ---- what every script shares ---------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default, but not None: there the help says what leaving the flag out means."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def run_cli(main):
+    """Run a script's main(): what the user can mend ends as one line `error: ...` and exit code 2, Ctrl-C with 130."""
+    try:
+        main()
+    except (DataError, ModelError, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if lines[0].startswith("Caught "):  # a loader process sends its traceback as the message; the last line says it
+            lines = [lines[-1].partition(": ")[2] or lines[-1]]
+        print("error:", " ".join(lines), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def pick_device(name):
+    """auto, cpu or cuda -> torch.device. ModelError if a GPU is asked for and none is there."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def inference_dtype(amp, device):
+    """--amp auto|off|bf16 -> the dtype to autocast to, or None. auto: bf16 where the device computes in it natively."""
+    if amp == "auto":
+        cpu_bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        amp = "bf16" if (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_bf16) else "off"
+    return torch.bfloat16 if amp == "bf16" else None
+
+
+def peak_memory_mb(device):
+    """Peak memory so far, MiB: of the tensors on a GPU, or of this whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def weights_mb(path, checkpoint):
+    """MiB of the weights on disk: the file, or the weights' share of it where it also holds optimizer state."""
+    if path is not None and "training" not in checkpoint:
+        return os.path.getsize(path) / 2**20
+    return sum(v.numel() * v.element_size() for v in checkpoint["state_dict"].values() if torch.is_tensor(v)) / 2**20
+
+
+def results(model, checkpoint, metrics, *, command, split, seconds, device, path):
+    """What every script writes to results.json; `metrics` from evaluate(), {} where nothing was scored."""
+    total, trainable = count_params(model)
+    classes = checkpoint["data"]["classes"]
+    return {
+        "command": command,
+        "model": model_name(checkpoint["build"]),
+        "dataset": checkpoint["data"]["name"],
+        "split": split,
+        "pretrained": checkpoint["pretrained"],
+        "compression": checkpoint["compression"],
+        "params": total,
+        "trainable_params": trainable,
+        "file_mb": weights_mb(path, checkpoint),
+        **{key: metrics.get(key) for key in ("miou", "macc", "aacc", "boundary_iou", "classes_averaged")},
+        "class_iou": dict(zip(classes, metrics.get("class_iou") or [None] * len(classes), strict=True)),
+        "images": metrics.get("images"),
+        "images_per_second": metrics.get("images_per_second"),
+        "seconds": seconds,
+        "peak_memory_mb": peak_memory_mb(device),
+    }
+
+
+def write_json(path, obj):
+    """Write JSON whole or not at all (temporary file, then rename). NaN and infinity, which JSON lacks, become null."""
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {str(k): plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [plain(v) for v in x]
+        x = x.item() if hasattr(x, "item") else x  # a number of torch or NumPy
+        if isinstance(x, float) and not math.isfinite(x):
+            return None
+        return x if x is None or isinstance(x, (bool, int, float, str)) else str(x)
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(plain(obj), indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def print_table(rows):
+    """Print dicts with the same keys as an aligned table. Floats get two places; None and NaN are shown as -."""
+
+    def text(x):
+        if x is None or (isinstance(x, float) and math.isnan(x)):
+            return "-"
+        return f"{x:.2f}" if isinstance(x, float) else str(x)
+
+    cells = [[str(k) for k in rows[0]], *([text(v) for v in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    left = [all(isinstance(row[k], str) for row in rows) for k in rows[0]]
+    for line in cells:
+        padded = (c.ljust(w) if words else c.rjust(w) for c, w, words in zip(line, widths, left, strict=True))
+        print("  ".join(padded).rstrip())
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    add = parser.add_argument
+    inherit = "left out: the checkpoint's"
+    add("--weights", default="checkpoints/train/best.pt", help="checkpoint to score")
+    add("--dataset", help=f"data set to score on ({inherit})")
+    add("--data-root", help=f"folder of the data set ({inherit})")
+    add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help=f"input size, pixels ({inherit})")
+    add("--split", default="val", help="split to score on")
+    add("--batch-size", type=positive_int, default=1, help="images a batch; does not change the numbers")
+    add("--workers", type=count, default=0, help="processes that load images")
+    add("--images", metavar="FILE|DIR", help="predict these images instead of scoring a data set")
+    add("--tta", action="store_true", help=f"test-time augmentation: scales {TTA_SCALES} and flip")
+    add("--scales", type=positive_float, nargs="+", help="image scales to average over; left out: 1")
+    add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
+    add("--slide", type=positive_int, nargs=2, metavar=("H", "W"), help="sliding window, pixels")
+    add(
+        "--slide-stride", type=positive_int, nargs=2, metavar=("H", "W"), help="its stride; left out: 2/3 of the window"
+    )
+    add("--boundary", action=argparse.BooleanOptionalAction, default=True, help="boundary IoU too")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    add("--amp", choices=("auto", "off", "bf16"), default="off", help="mixed precision; off is float32")
+    add("--threads", type=positive_int, help="CPU threads; left out: PyTorch's choice")
+    add("--out", default="checkpoints/evaluate", help="folder to write to")
+    add("--dry-run", action="store_true", help="two images only")
+    return parser
+
+
+def open_images(path):
+    """FILE or DIR -> sorted list of image files. DataError where there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise DataError(f"--images {path}: no such file or folder")
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise DataError(f"--images {path}: the folder holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return files
+
+
+def predict_images(model, info, files, out, *, device, size=None, fit=None, **predict_options):
+    """Write NAME_ids.png and NAME_overlay.png at the image's own size for every file; returns the paths written.
+
+    The network sees the image at `size` if given, else shrunk or enlarged to fit into `fit` with its shape kept (the
+    size the network was trained on), else as it is.
+    """
+    from PIL import Image
+
+    out.mkdir(parents=True, exist_ok=True)
+    stems = [file.stem for file in files]
+    written = []
+    for file in tqdm(files, desc="predict", leave=False, disable=len(files) < 2):
+        image = decode_image(file)
+        height, width = image.shape[-2:]
+        scale = min(fit[0] / height, fit[1] / width) if fit else 1
+        seen = size or (max(1, round(height * scale)), max(1, round(width * scale)))
+        batch = eval_transform(info, seen)(tv_tensors.Image(image))[None].to(device)
+        ids = predict(model, batch, size=(height, width), **predict_options)[0].cpu()
+        name = file.stem if stems.count(file.stem) == 1 else file.name.replace(".", "_")  # a.png beside a.jpg
+        grey = ids.numpy() if ids.dtype == torch.uint8 else ids.numpy().astype("uint16")
+        Image.fromarray(grey).save(out / f"{name}_ids.png")
+        Image.fromarray(overlay(image, ids, info.palette).permute(1, 2, 0).numpy()).save(out / f"{name}_overlay.png")
+        written += [str(out / f"{name}_ids.png"), str(out / f"{name}_overlay.png")]
+    return written
+
+
+def open_scored(checkpoint, args):
+    """The data set that the arguments, or else the checkpoint, name. DataError if its classes are not the network's."""
+    trained = DataInfo.from_dict(checkpoint["data"])
+    name = args.dataset or trained.name
+    root = args.data_root or (checkpoint["args"].get("data_root") if name == trained.name else None)
+    length = 2 if args.dry_run else None
+    dataset = open_dataset(name, args.split, root=root, size=args.size or trained.size, length=length)
+    ours, theirs = tuple(trained.classes), tuple(dataset.info.classes)
+    if ours != theirs:
+        odd = sorted(set(ours) ^ set(theirs))
+        raise DataError(
+            f"{args.weights} was trained on {trained.name} with {len(ours)} classes, but {name} has {len(theirs)}; "
+            + (f"only one of them has {', '.join(odd[:5])}" if odd else "their order differs")
+        )
+    return dataset
+
+
+def score(model, dataset, *, device, out, batch_size=1, workers=0, boundary=True, **predict_options):
+    """evaluate() on a whole data set in this process alone; confusion.png, class_iou.png, examples.png in `out`."""
+    info, examples, seen = dataset.info, [], 0
+    wanted = {round(i * (len(dataset) - 1) / 3) for i in range(4)}  # four examples, evenly spread
+
+    def keep_examples(images, _target, prediction):
+        nonlocal seen
+        examples.extend((*dataset.raw(seen + i), prediction[i]) for i in range(len(images)) if seen + i in wanted)
+        seen += len(images)
+
+    metrics = evaluate(
+        model,
+        eval_loader(dataset, batch_size=batch_size, workers=workers),
+        num_classes=len(info.classes),
+        ignore_index=info.ignore_index,
+        device=device,
+        boundary=boundary,
+        progress=True,
+        on_batch=keep_examples,
+        reduce=False,
+        **predict_options,
+    )
+    plot_confusion(metrics["confusion"], info.classes, Path(out) / "confusion.png")
+    plot_class_iou(metrics["class_iou"], info.classes, info.palette, Path(out) / "class_iou.png")
+    plot_examples(examples, info, Path(out) / "examples.png")
+    return metrics
+
+
+def print_classes(metrics, classes):
+    """One line a class: IoU, accuracy, boundary IoU where it was measured, share of the label's pixels."""
+    confusion = torch.tensor(metrics["confusion"])
+    columns = {"class": classes, "IoU %": metrics["class_iou"], "acc %": metrics["class_acc"]}
+    if "class_boundary_iou" in metrics:
+        columns["boundary IoU %"] = metrics["class_boundary_iou"]
+    columns["pixels %"] = (100 * confusion.sum(1) / max(1, confusion.sum())).tolist()
+    print_table([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+
+
+def main(argv=None):
+    """Run the command line; returns what results.json holds."""
+    start = time.perf_counter()
+    args = make_parser().parse_args(argv)
+    command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
+    if args.slide_stride and not args.slide:
+        raise DataError("--slide-stride needs --slide H W, the window")
+    scales = args.scales or (TTA_SCALES if args.tta else (1.0,))
+    device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    files = open_images(args.images) if args.images else None
+    model, checkpoint = load_checkpoint(args.weights, device=device)
+    out = Path(args.out)
+    options = {
+        "scales": tuple(scales),
+        "flip": args.tta if args.flip is None else args.flip,
+        "window": args.slide,
+        "stride": args.slide_stride,
+        "amp_dtype": inference_dtype(args.amp, device),
+    }
+    metrics, extra, split = {}, {}, args.split
+    if files:
+        info = DataInfo.from_dict(checkpoint["data"])
+        fit = None if args.slide else info.size  # a sliding window is for images larger than what was trained on
+        files = files[:2] if args.dry_run else files
+        sizes = {"size": args.size, "fit": fit}
+        extra["written"] = predict_images(model, info, files, out, device=device, **sizes, **options)
+        split = None
+    else:
+        dataset = open_scored(checkpoint, args)
+        loading = {"batch_size": args.batch_size, "workers": args.workers}
+        metrics = score(model, dataset, device=device, out=out, boundary=args.boundary, **loading, **options)
+        print_classes(metrics, dataset.info.classes)
+        extra["dataset"] = dataset.info.name
+    seconds = time.perf_counter() - start
+    common = {"command": command, "split": split, "seconds": seconds, "device": device, "path": args.weights}
+    done = results(model, checkpoint, metrics, **common) | extra
+    write_json(out / "results.json", done)
+    if files:
+        print(f"wrote {len(extra['written'])} files for {len(files)} images to {out}/")
+    else:
+        shown = ("model", "dataset", "split", "pretrained", "miou", "macc", "aacc", "boundary_iou", "images_per_second")
+        print()
+        print_table([{key: done[key] for key in shown}])
+        print(f"mIoU is over {done['classes_averaged']} classes. Wrote results.json and three figures to {out}/")
+    return done
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,702 @@
+"""Segmentation networks: a backbone that encodes, a head that decodes, and the checkpoint that describes both.
+
+Contract of every network: images (N, 3, H, W), float, ImageNet-normalised, any H and W, in; logits (N, K, H, W) out.
+
+    features = model.encode(images)          # list of (N, C_i, h_i, w_i), finest first; model.channels, model.strides
+    logits = model.decode(features)          # (N, K, h, w), over the input padded right/bottom to model.stride
+    logits = model.resize(logits, (H, W))    # (N, K, H, W): bilinear, cropped; forward() is these three
+
+Variants are rows of BACKBONES and HEADS. Add a row there and build_model(), the command lines, and the tests know it.
+
+    python models.py      # a table of every network with its parameters
+"""
+
+import contextlib
+import datetime
+import itertools
+import math
+import os
+import tempfile
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+FORMAT = 1  # version of the checkpoint layout
+
+
+class ModelError(ValueError):
+    """A network, a weights file or a combination of options that cannot be used; the message says what to do."""
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def make_norm(norm, channels):
+    """The normalisation layer named `norm` (batch, group or none) for `channels` feature maps."""
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    if norm == "group":
+        return nn.GroupNorm(math.gcd(32, channels), channels)
+    if norm == "none":
+        return nn.Identity()
+    raise ModelError(f"norm {norm!r} is not known: choose one of batch, group, none")
+
+
+def conv_norm_relu(c_in, c_out, kernel, norm, *, dilation=1, bias=None):
+    """Convolution of unchanged size, normalisation, ReLU. `bias=None`: only where no normalisation follows."""
+    bias = norm == "none" if bias is None else bias
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, dilation=dilation, bias=bias)
+    return nn.Sequential(conv, make_norm(norm, c_out), nn.ReLU(inplace=True))
+
+
+def resize_to(x, size):
+    """Bilinear resize of (N, C, h, w) to `size`; the identity where it already has that size."""
+    return (
+        x if x.shape[-2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    )
+
+
+class LearnedUpsample(nn.ConvTranspose2d):
+    """Transposed convolution of one class map each, starting as bilinear (Long et al. 2015, section 3.3)."""
+
+    def __init__(self, channels, factor):
+        kernel = 2 * factor - factor % 2
+        super().__init__(
+            channels, channels, kernel, factor, padding=math.ceil((factor - 1) / 2), groups=channels, bias=False
+        )
+        ramp = 1 - (torch.arange(kernel) - (kernel - 1) / 2).abs() / factor
+        with torch.no_grad():
+            self.weight.copy_((ramp[:, None] * ramp).expand_as(self.weight))
+
+
+# ---- backbones ------------------------------------------------------------------------------------------------------
+
+
+class ConvBackbone(nn.Module):
+    """Stages run one after the other; the output of each is a feature map."""
+
+    def __init__(self, stages, channels, strides):
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.channels, self.strides = channels, strides
+
+    def forward(self, x):
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features[-len(self.channels) :]
+
+
+class Dinov2(nn.Module):
+    """DINOv2 (Oquab et al. 2023) from transformers: LayerNorm-ed patch tokens of the tapped layers as feature maps.
+
+    The position embedding is interpolated to the grid of the input, so every multiple of 14 goes through.
+    """
+
+    def __init__(self, body, hidden, taps):
+        super().__init__()
+        self.body = body
+        body.embeddings.mask_token.requires_grad_(False)  # only self-supervised pre-training uses it
+        self.channels, self.strides = [hidden] * taps, [14] * taps
+
+    def forward(self, x):
+        return list(self.body(pixel_values=x).feature_maps)
+
+
+def _dilate(stage, dilation):
+    """Give up the stride of a stage and dilate what follows it (Yu and Koltun 2016).
+
+    The convolution that had the stride still looks at undilated input, so it keeps half of the stage's dilation, as in
+    torchvision's replace_stride_with_dilation, which BasicBlock and MobileNet do not offer.
+    """
+    for conv in (m for m in stage.modules() if isinstance(m, nn.Conv2d)):
+        d = dilation
+        if conv.stride == (2, 2):
+            conv.stride, d = (1, 1), dilation // 2
+        if conv.kernel_size != (1, 1):
+            conv.dilation, conv.padding = (d, d), tuple(d * (k // 2) for k in conv.kernel_size)
+
+
+def _dilated_strides(stages, strides, output_stride):
+    """Dilate the stages whose stride exceeds output_stride; the strides that result."""
+    for stage, stride in zip(stages, strides, strict=True):
+        if stride > output_stride:
+            _dilate(stage, stride // output_stride)
+    return [min(s, output_stride) for s in strides]
+
+
+def _build_dinov2(row, taps, _output_stride, load):
+    from transformers import Dinov2Backbone, Dinov2Config  # takes seconds to import: only where it is needed
+
+    numbers = dict(row.numbers)
+    layers = numbers["num_hidden_layers"]
+    out = [layers * (i + 1) // 4 for i in range(4)][-taps:]  # e.g. after layers 3, 6, 9 and 12
+    config = Dinov2Config(**numbers, image_size=518, patch_size=14, out_indices=out)
+    body, loaded = load(
+        scratch=lambda: Dinov2Backbone(config),
+        local=lambda path: _load_transformers(Dinov2Backbone, path, numbers, out),
+        hub=lambda offline: Dinov2Backbone.from_pretrained(row.weights, out_indices=out, local_files_only=offline),
+    )
+    return Dinov2(body, numbers["hidden_size"], taps), loaded
+
+
+def _load_transformers(cls, path, numbers, out):
+    """A model that save_pretrained() wrote; its shape must be that of the table row."""
+    model = cls.from_pretrained(path, out_indices=out, local_files_only=True)
+    wrong = {k: getattr(model.config, k) for k, v in numbers.items() if getattr(model.config, k) != v}
+    if wrong:
+        raise ModelError(f"--pretrained {path}: its config.json has {wrong}, the chosen backbone needs {numbers}")
+    return model
+
+
+def _torchvision_body(row, load):
+    """A torchvision classifier, with its ImageNet weights where `load` finds them."""
+    weights = torchvision.models.get_model_weights(row.weights).DEFAULT
+    make = lambda: torchvision.models.get_model(row.weights, weights=None)  # noqa: E731
+
+    def local(path):
+        body = make()
+        body.load_state_dict(_read(path))
+        return body
+
+    def hub(offline):
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        if offline and not cached.exists():
+            raise OSError(f"{cached} is not there")
+        return torchvision.models.get_model(row.weights, weights=weights)
+
+    return load(scratch=make, local=local, hub=hub)
+
+
+def _build_resnet(row, taps, output_stride, load):
+    net, loaded = _torchvision_body(row, load)
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+    stages = [nn.Sequential(stem, net.layer1), net.layer2, net.layer3, net.layer4]
+    strides = _dilated_strides(stages, [4, 8, 16, 32], output_stride)
+    return ConvBackbone(stages, list(row.numbers["channels"])[-taps:], strides[-taps:]), loaded
+
+
+def _build_mobilenet_v2(row, taps, output_stride, load):
+    net, loaded = _torchvision_body(row, load)
+    cuts = [0, 4, 7, 14, 18]  # the 1x1 convolution to 1280 channels that follows serves the classifier: left out
+    stages = [net.features[a:b] for a, b in itertools.pairwise(cuts)]
+    strides = _dilated_strides(stages, [4, 8, 16, 32], output_stride)
+    return ConvBackbone(stages, list(row.numbers["channels"])[-taps:], strides[-taps:]), loaded
+
+
+@dataclass(frozen=True)
+class BackboneRow:
+    """One backbone: how it is built, its pretrained weights (hub name or torchvision model name), its numbers."""
+
+    build: Callable
+    weights: str
+    numbers: dict = field(default_factory=dict)
+    dilatable: bool = True  # whether --output-stride means anything
+
+
+def _dino(size, hidden, heads, layers, swiglu=False):
+    return BackboneRow(
+        _build_dinov2,
+        f"facebook/dinov2-{size}",
+        dict(hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=layers, use_swiglu_ffn=swiglu),
+        dilatable=False,
+    )
+
+
+def _resnet(depth, *channels):
+    return BackboneRow(_build_resnet, f"resnet{depth}", dict(channels=channels))
+
+
+BACKBONES = {
+    "dinov2-small": _dino("small", 384, 6, 12),
+    "dinov2-base": _dino("base", 768, 12, 12),
+    "dinov2-large": _dino("large", 1024, 16, 24),
+    "dinov2-giant": _dino("giant", 1536, 24, 40, swiglu=True),
+    "resnet18": _resnet(18, 64, 128, 256, 512),
+    "resnet34": _resnet(34, 64, 128, 256, 512),
+    "resnet50": _resnet(50, 256, 512, 1024, 2048),
+    "resnet101": _resnet(101, 256, 512, 1024, 2048),
+    "mobilenet_v2": BackboneRow(_build_mobilenet_v2, "mobilenet_v2", dict(channels=(24, 32, 96, 320))),
+}
+
+
+# ---- heads ----------------------------------------------------------------------------------------------------------
+# A head takes the list of feature maps, finest first, and returns low-resolution logits; `stride` is theirs.
+
+
+class Classifier(nn.Sequential):
+    """Dropout of whole channels, then the 1x1 convolution to K logits."""
+
+    def __init__(self, channels, num_classes, dropout):
+        super().__init__(nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1))
+
+
+class TapHead(nn.Module):
+    """Each tap through its own lateral layer; then fused (concatenate, mix, classify) or the mean of a classifier each.
+
+    `linear` (the linear probe of Oquab et al. 2023, section 7.4): normalisation, and no mixing.
+    `fpn`: 1x1 convolutions to 256 channels, mixed by two 3x3 convolutions.
+    """
+
+    def __init__(self, laterals, widths, mix, mixed, strides, num_classes, dropout, fuse):
+        super().__init__()
+        self.stride = strides[0]
+        self.laterals = nn.ModuleList(laterals)
+        self.mix = mix if fuse else None
+        self.classifiers = nn.ModuleList(Classifier(c, num_classes, dropout) for c in ([mixed] if fuse else widths))
+
+    def forward(self, features):
+        size = features[0].shape[-2:]
+        taps = [lateral(f) for lateral, f in zip(self.laterals, features, strict=True)]
+        if self.mix is None:
+            logits = [resize_to(c(t), size) for c, t in zip(self.classifiers, taps, strict=True)]
+            return torch.stack(logits).mean(0)
+        return self.classifiers[0](self.mix(torch.cat([resize_to(t, size) for t in taps], dim=1)))
+
+
+def linear_head(channels, strides, num_classes, norm, dropout, fuse=True):
+    laterals = [make_norm(norm, c) for c in channels]
+    return TapHead(laterals, channels, nn.Identity(), sum(channels), strides, num_classes, dropout, fuse)
+
+
+def fpn_head(channels, strides, num_classes, norm, dropout, fuse=True, width=256):
+    laterals = [conv_norm_relu(c, width, 1, norm) for c in channels]
+    mix = nn.Sequential(
+        conv_norm_relu(width * len(channels), width, 3, norm, bias=True),
+        conv_norm_relu(width, width, 3, norm, bias=True),
+    )
+    return TapHead(laterals, [width] * len(channels), mix, width, strides, num_classes, dropout, fuse)
+
+
+class UnetHead(nn.Module):
+    """From the deepest tap up: resize, concatenate the next tap, two 3x3 convolutions (Ronneberger et al. 2015).
+
+    Where the next tap is not finer (a plain ViT has one stride), the map doubles in size all the same.
+    """
+
+    def __init__(self, channels, strides, num_classes, norm, dropout, widths=(256, 128, 64)):
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        self.finer = []  # per block: whether the next tap sets the size
+        c, self.stride = channels[-1], strides[-1]
+        skips = [*list(zip(channels, strides, strict=True))[-2::-1], (0, 0), (0, 0), (0, 0)][:3]
+        for (skip, stride), width in zip(skips, widths, strict=True):
+            self.finer.append(0 < stride < self.stride)
+            self.stride = stride if self.finer[-1] else self.stride / 2
+            block = nn.Sequential(conv_norm_relu(c + skip, width, 3, norm), conv_norm_relu(width, width, 3, norm))
+            self.blocks.append(block)
+            c = width
+        self.classifier = Classifier(c, num_classes, dropout)
+
+    def forward(self, features):
+        x, skips = features[-1], features[-2::-1]
+        for i, (block, finer) in enumerate(zip(self.blocks, self.finer, strict=True)):
+            size = skips[i].shape[-2:] if finer else (2 * x.shape[-2], 2 * x.shape[-1])
+            x = torch.cat([resize_to(t, size) for t in (x, *skips[i : i + 1])], dim=1)
+            x = block(x)
+        return self.classifier(x)
+
+
+class PpmHead(nn.Module):
+    """Pyramid pooling with bins 1, 2, 3, 6 (Zhao et al. 2017, section 3.2), on the deepest tap.
+
+    The 1x1 bin has no normalisation: it would see one value a channel, which a batch of one cannot normalise.
+    """
+
+    def __init__(self, channels, strides, num_classes, norm, dropout, bins=(1, 2, 3, 6), width=256):
+        super().__init__()
+        c, self.stride = channels[-1], strides[-1]
+        self.bins = bins
+        self.branches = nn.ModuleList(conv_norm_relu(c, c // 4, 1, "none" if b == 1 else norm) for b in bins)
+        self.mix = conv_norm_relu(c + c // 4 * len(bins), width, 3, norm)
+        self.classifier = Classifier(width, num_classes, dropout)
+
+    def forward(self, features):
+        x = features[-1]
+        pooled = [branch(F.adaptive_avg_pool2d(x, b)) for branch, b in zip(self.branches, self.bins, strict=True)]
+        return self.classifier(self.mix(torch.cat([x, *(resize_to(p, x.shape[-2:]) for p in pooled)], dim=1)))
+
+
+class AsppHead(nn.Module):
+    """Atrous spatial pyramid pooling with rates 1, 2, 3, 6 and image pooling (Chen et al. 2017, section 3.3).
+
+    Rate 1 is a 1x1 convolution; the image-pooling branch has no normalisation, as in PpmHead.
+    """
+
+    def __init__(self, channels, strides, num_classes, norm, dropout, rates=(1, 2, 3, 6), width=256):
+        super().__init__()
+        c, self.stride = channels[-1], strides[-1]
+        self.branches = nn.ModuleList(conv_norm_relu(c, width, 1 if r == 1 else 3, norm, dilation=r) for r in rates)
+        self.pool = conv_norm_relu(c, width, 1, "none")
+        self.mix = conv_norm_relu(width * (len(rates) + 1), width, 1, norm)
+        self.classifier = Classifier(width, num_classes, dropout)
+
+    def forward(self, features):
+        x = features[-1]
+        pooled = self.pool(x.mean((-2, -1), keepdim=True)).expand(-1, -1, *x.shape[-2:])
+        return self.classifier(self.mix(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1)))
+
+
+class OcrHead(nn.Module):
+    """Object-contextual representations (Yuan et al. 2020, section 3.2) on the deepest tap.
+
+    Coarse logits gather one representation a class over the image; each pixel then attends to these K representations.
+    The coarse logits are trained too: predictions() returns them after the final ones.
+    """
+
+    def __init__(self, channels, strides, num_classes, norm, dropout, width=256, key=128):
+        super().__init__()
+        c, self.stride = channels[-1], strides[-1]
+        self.coarse = nn.Sequential(conv_norm_relu(c, width, 1, norm), nn.Conv2d(width, num_classes, 1))
+        self.pixels = conv_norm_relu(c, width, 3, norm)
+        self.query = nn.Sequential(conv_norm_relu(width, key, 1, norm), conv_norm_relu(key, key, 1, norm))
+        self.key = nn.Sequential(conv_norm_relu(width, key, 1, norm), conv_norm_relu(key, key, 1, norm))
+        self.value = conv_norm_relu(width, key, 1, norm)
+        self.up = conv_norm_relu(key, width, 1, norm)
+        self.mix = conv_norm_relu(2 * width, width, 1, norm)
+        self.classifier = Classifier(width, num_classes, dropout)
+
+    def predictions(self, features):
+        coarse = self.coarse(features[-1])  # (N, K, h, w)
+        pixels = self.pixels(features[-1])  # (N, C, h, w)
+        share = coarse.flatten(2).float().softmax(-1).to(pixels.dtype)  # (N, K, hw): where in the image each class is
+        regions = (share @ pixels.flatten(2).mT).mT.unsqueeze(-1)  # (N, C, K, 1): one representation a class
+        q = self.query(pixels).flatten(2).mT[:, None]  # (N, 1, hw, key)
+        k = self.key(regions).flatten(2).mT[:, None]  # (N, 1, K, key)
+        v = self.value(regions).flatten(2).mT[:, None]  # (N, 1, K, key)
+        context = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.unflatten(-1, pixels.shape[-2:])  # (N, key, h, w)
+        return [self.classifier(self.mix(torch.cat([pixels, self.up(context)], dim=1))), coarse]
+
+    def forward(self, features):
+        return self.predictions(features)[0]
+
+
+class AuxHead(nn.Sequential):
+    """FCN head on the tap before the deepest, for deep supervision (Zhao et al. 2017, section 3.3)."""
+
+    def __init__(self, channels, num_classes, norm, dropout):
+        c = channels[-2]
+        super().__init__(conv_norm_relu(c, c // 4, 3, norm), Classifier(c // 4, num_classes, dropout))
+
+    def forward(self, features):
+        return super().forward(features[-2])
+
+
+@dataclass(frozen=True)
+class HeadRow:
+    """One head: its builder, the output stride it wants of a convolutional backbone, whether it knows --no-fuse."""
+
+    build: Callable
+    output_stride: int = 32
+    fusable: bool = False
+
+
+HEADS = {
+    "linear": HeadRow(linear_head, fusable=True),
+    "unet": HeadRow(UnetHead),
+    "fpn": HeadRow(fpn_head, fusable=True),
+    "ppm": HeadRow(PpmHead, output_stride=8),
+    "aspp": HeadRow(AsppHead, output_stride=8),
+    "ocr": HeadRow(OcrHead, output_stride=8),
+}
+
+
+# ---- network --------------------------------------------------------------------------------------------------------
+
+
+class SegmentationModel(nn.Module):
+    """Backbone, head and, where asked for, an auxiliary head and a learned upsampling; see the top of this file.
+
+    `build` holds the arguments that make the same network again; `pretrained` says whether pretrained weights were
+    loaded into the backbone and, where they were not, `pretrained_error` why.
+    """
+
+    def __init__(self, backbone, head, *, aux_head=None, learned=None, freeze_backbone=False):
+        super().__init__()
+        self.backbone, self.head, self.aux_head, self.learned = backbone, head, aux_head, learned
+        self.channels, self.strides, self.stride = backbone.channels, backbone.strides, max(backbone.strides)
+        self.freeze_backbone = freeze_backbone
+        if freeze_backbone:
+            backbone.requires_grad_(False)
+
+    def train(self, mode=True):
+        """Like nn.Module.train(), but a frozen backbone stays in eval mode: its norms must not move."""
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        return self
+
+    def encode(self, images):
+        """(N, 3, H, W) -> feature maps, finest first, of the input padded right and bottom to its stride."""
+        h, w = images.shape[-2:]
+        return self.backbone(F.pad(images, (0, -w % self.stride, 0, -h % self.stride)))
+
+    def decode(self, features):
+        """Feature maps -> logits (N, K, h, w) over the padded input."""
+        logits = self.head(features)
+        return logits if self.learned is None else self.learned(logits)
+
+    def predictions(self, features):
+        """For training: the logits of decode(), then those of the auxiliary outputs (coarse or deep supervision)."""
+        both = getattr(self.head, "predictions", None)
+        first, *others = both(features) if both else [self.head(features)]
+        if self.learned is not None:
+            first = self.learned(first)
+        return [first, *others] + ([self.aux_head(features)] if self.aux_head is not None else [])
+
+    def resize(self, logits, size):
+        """Low-resolution logits -> (N, K, H, W): bilinear to the padded size, cropped to `size`."""
+        h, w = size
+        return resize_to(logits, (h + -h % self.stride, w + -w % self.stride))[..., :h, :w]
+
+    def forward(self, images):
+        return self.resize(self.decode(self.encode(images)), images.shape[-2:])
+
+
+def _row(table, name, flag):
+    if name not in table:
+        raise ModelError(f"{flag} {name!r} is not known: choose one of {', '.join(table)}")
+    return table[name]
+
+
+def build_model(
+    *,
+    num_classes,
+    backbone,
+    head,
+    taps=4,
+    norm="batch",
+    dropout=0.1,
+    fuse=True,
+    upsample="bilinear",
+    output_stride=None,
+    aux=False,
+    pretrained="no",
+    freeze_backbone=None,
+):
+    """Build a network from rows of BACKBONES and HEADS.
+
+    taps: 1 or 4 feature maps. norm, dropout, fuse: of the head. upsample: bilinear or learned. output_stride: 8, 16 or
+    32 for a convolutional backbone (None: what the head does best with). aux: auxiliary head for training.
+    pretrained: "auto" (use what the hub or its cache has, else none), "require", "no", or a local folder or file.
+    freeze_backbone: None freezes a pretrained backbone and trains one from scratch.
+    Raises ModelError for unknown names (listing the known ones) and for combinations that make no sense.
+    """
+    row, head_row = _row(BACKBONES, backbone, "--backbone"), _row(HEADS, head, "--head")
+    checks = [
+        (taps in (1, 4), f"--taps {taps}: choose 1 or 4"),
+        (num_classes >= 2, f"num_classes {num_classes}: a network needs two classes or more"),
+        (0 <= dropout < 1, f"--dropout {dropout}: must be at least 0 and below 1"),
+        (
+            fuse or head_row.fusable,
+            f"--no-fuse is for {', '.join(n for n, r in HEADS.items() if r.fusable)}, not {head}",
+        ),
+        (output_stride in (None, 8, 16, 32), f"--output-stride {output_stride}: choose 8, 16 or 32"),
+        (output_stride is None or row.dilatable, f"--output-stride: the stride of {backbone} is its patch size"),
+        (upsample in ("bilinear", "learned"), f"--upsample {upsample}: choose bilinear or learned"),
+        (not aux or taps > 1, "--aux reads the tap before the deepest: it needs --taps 4"),
+    ]
+    for fine, message in checks:
+        if not fine:
+            raise ModelError(message)
+    stride = output_stride or head_row.output_stride
+    body, (loaded, reason) = row.build(row, taps, stride, _loader(pretrained))
+    options = {"fuse": fuse} if head_row.fusable else {}
+    decoder = head_row.build(body.channels, body.strides, num_classes, norm, dropout, **options)
+    learned = None
+    if upsample == "learned":
+        if decoder.stride != int(decoder.stride):
+            raise ModelError(f"--upsample learned needs a whole stride; {head} on {backbone} has {decoder.stride}")
+        learned = LearnedUpsample(num_classes, int(decoder.stride))
+    freeze = loaded if freeze_backbone is None else freeze_backbone
+    model = SegmentationModel(
+        body,
+        decoder,
+        aux_head=AuxHead(body.channels, num_classes, norm, dropout) if aux else None,
+        learned=learned,
+        freeze_backbone=freeze,
+    )
+    model.pretrained, model.pretrained_error = loaded, reason
+    model.build = dict(
+        num_classes=num_classes,
+        backbone=backbone,
+        head=head,
+        taps=taps,
+        norm=norm,
+        dropout=dropout,
+        fuse=fuse,
+        upsample=upsample,
+        output_stride=output_stride,
+        aux=aux,
+        freeze_backbone=freeze,
+    )
+    return model
+
+
+def model_name(build):
+    """What tables call a network, e.g. "dinov2-small + fpn"."""
+    return f"{build['backbone']} + {build['head']}"
+
+
+# ---- pretrained weights ---------------------------------------------------------------------------------------------
+
+
+def _loader(pretrained):
+    """How a backbone gets its weights: a function of three ways to make it that returns (module, (loaded, reason))."""
+
+    def load(*, scratch, local, hub):
+        if pretrained == "no":
+            return scratch(), (False, None)
+        if pretrained not in ("auto", "require"):
+            if not Path(pretrained).exists():
+                raise ModelError(f"--pretrained {pretrained}: no such file or folder (or say auto, require or no)")
+            try:
+                return local(pretrained), (True, None)
+            except (OSError, RuntimeError, ValueError) as error:
+                line = " ".join(str(error).split())[:300]
+                raise ModelError(f"--pretrained {pretrained} does not hold this backbone's weights: {line}") from error
+        try:
+            with contextlib.suppress(OSError):
+                return hub(True), (True, None)  # cached: no network needed
+            _reach_hub()
+            return hub(False), (True, None)
+        except OSError as error:
+            reason = " ".join(str(error).split())[:200]
+        if pretrained == "require":
+            raise ModelError(f"--pretrained require: no pretrained weights to be had ({reason}); name a local copy")
+        return scratch(), (False, reason)
+
+    return load
+
+
+def _reach_hub(seconds=3):
+    """Raise OSError within seconds where there is no network, which the hub clients themselves take minutes to say."""
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError as error:
+        raise OSError(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from error
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------------
+
+
+def count_params(module):
+    """(all, trainable) parameters of a module, shared ones once."""
+    params = list(module.parameters())
+    return sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
+
+
+def parameter_summary(model):
+    """A table of parameters by part: name, total, trainable, MiB (of float32)."""
+    parts = [(n, m) for n, m in (*model.named_children(), ("total", model)) if m is not None]
+    lines = [f"{'part':10} {'parameters':>13} {'trainable':>13} {'MiB':>9}"]
+    for name, part in parts:
+        total, trainable = count_params(part)
+        lines.append(f"{name:10} {total:13,} {trainable:13,} {total * 4 / 2**20:9.2f}")
+    return "\n".join(lines)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    path,
+    model,
+    *,
+    data,
+    pretrained,
+    command,
+    metrics=None,
+    args=None,
+    compression=(),
+    lineage=(),
+    training=None,
+):
+    """Write a checkpoint that describes itself: plain types and tensors, to a temporary file that is then renamed.
+
+    data: what DataInfo.to_dict() gives. lineage: one {"id", "command", "miou"} an ancestor. training: optimizer and
+    so on, for last.pt only. Raises OSError where it cannot be written.
+    """
+    checkpoint = {
+        "format": FORMAT,
+        "id": uuid.uuid4().hex,
+        "command": command,
+        "build": dict(model.build),
+        "data": data,
+        "pretrained": pretrained,
+        "compression": list(compression),
+        "state_dict": dict(model.state_dict()),
+        "metrics": metrics or {},
+        "args": args or {},
+        "lineage": list(lineage),
+        "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)},
+        "saved": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if training is not None:
+        checkpoint["training"] = training
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(checkpoint, file)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read(path, device="cpu"):
+    """torch.load() of plain types and tensors; one clear line where the file is not that."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises whatever the broken bytes lead to
+        raise ModelError(f"{path} is not a PyTorch weights file, or is damaged ({type(error).__name__})") from error
+
+
+def read_checkpoint(path, *, device="cpu"):
+    """The dict that save_checkpoint() wrote. Raises ModelError where there is none, or it is something else."""
+    if not Path(path).is_file():
+        raise ModelError(f"no checkpoint at {path}: `python train.py --head fpn` writes checkpoints/train/best.pt")
+    checkpoint = _read(path, device)
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint or "build" not in checkpoint:
+        raise ModelError(f"{path} holds tensors but is not a checkpoint of these scripts: train.py writes one")
+    if checkpoint["format"] > FORMAT:
+        raise ModelError(f"{path} has format {checkpoint['format']}, newer than {FORMAT}: update these scripts")
+    return checkpoint
+
+
+def load_checkpoint(path, *, device="cpu"):
+    """(network in eval mode, checkpoint dict) of a file that save_checkpoint() wrote; every tensor must match."""
+    checkpoint = read_checkpoint(path, device=device)
+    model = build_model(**checkpoint["build"])
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:300]
+        raise ModelError(f"{path} does not fit the network it describes, {model_name(model.build)}: {line}") from error
+    return model.to(device).eval(), checkpoint
+
+
+if __name__ == "__main__":
+    print(f"{'network':28} {'parameters at 19 classes':>26}")
+    for name in BACKBONES:
+        for head in HEADS:
+            with torch.device("meta"):
+                net = build_model(num_classes=19, backbone=name, head=head)
+            print(f"{name + ' + ' + head:28} {count_params(net)[0]:26,}")

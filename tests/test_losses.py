@@ -1,0 +1,478 @@
+"""losses.py against hand-computed tables, brute-force loops and PyTorch's own functions."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import losses
+from losses import LOSSES, make_loss
+
+IGNORE = 255
+BINARY = ("bce", "bce-dice")
+OHEM = {"ohem_thresh": 0.5, "ohem_min_kept": 10}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small only wait for a second thread, and on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def classes_for(name):
+    return 2 if name in BINARY else 4
+
+
+def make(name, **options):
+    return make_loss(name, ignore_index=IGNORE, **OHEM, **options)
+
+
+def batch(k, *, size=(2, 7, 5), ignored=0.2, scale=2.0, dtype=torch.float32, seed=0):
+    """Random logits (N, k, H, W) and a target with some ignored pixels."""
+    rng = torch.Generator().manual_seed(seed)
+    n, h, w = size
+    logits = scale * torch.randn(n, k, h, w, generator=rng, dtype=torch.float64)
+    target = torch.randint(0, k, size, generator=rng)
+    target[torch.rand(size, generator=rng) < ignored] = IGNORE
+    return logits.to(dtype), target
+
+
+def grad(loss, logits, target):
+    logits = logits.clone().requires_grad_()
+    value = loss(logits, target)
+    value.backward()
+    return value.detach(), logits.grad
+
+
+def every_loss(test):
+    return pytest.mark.parametrize("name", LOSSES)(test)
+
+
+# ---- four pixels, computed by hand ----
+
+# Probabilities of class 1 at the four pixels; the logits are (0, log(p / (1 - p))).
+TABLE = [
+    # name, p of class 1, target, loss
+    ("ce", [0.5, 0.25, 0.8, 0.9], [1, 0, 1, 0], -math.log(0.5 * 0.75 * 0.8 * 0.1) / 4),
+    ("ce", [0.5, 0.25, 0.8, 0.9], [1, 0, 255, 255], -math.log(0.5 * 0.75) / 2),
+    ("bce", [0.5, 0.25, 0.8, 0.9], [1, 0, 1, 255], -math.log(0.5 * 0.75 * 0.8) / 3),
+    # thresh 0.5, min_kept 2: one hard pixel, so the two hardest
+    ("ohem", [0.6, 0.25, 0.8, 0.9], [1, 0, 1, 0], -math.log(0.6 * 0.1) / 2),
+    # three hard pixels, all of them
+    ("ohem", [0.4, 0.75, 0.8, 0.9], [1, 0, 1, 0], -math.log(0.4 * 0.25 * 0.1) / 3),
+    # none hard, two tie for the second place, both kept
+    ("ohem", [0.6, 0.7, 0.7, 0.9], [1, 1, 1, 1], -math.log(0.6 * 0.7 * 0.7) / 3),
+    # one valid pixel where two were wanted
+    ("ohem", [0.9, 0.1, 0.1, 0.1], [1, 255, 255, 255], -math.log(0.9)),
+    # class 1: overlap 1.5, sum p 2.0, sum y 2;  class 0: overlap 1.5, sum p 2.0, sum y 2
+    ("dice", [0.75, 0.25, 0.75, 0.25], [1, 0, 1, 0], 1 - 2 * 1.5 / 4),
+    # only class 1 is in the target: overlap 1.0, sum p 1.0, sum y 2
+    ("dice", [0.25, 0.75, 0.9, 0.9], [1, 1, 255, 255], 1 - 2 / 3),
+    # Only class 1, errors 0.5 and 0.25: the larger costs J({a}) = 1/2, the other 1 - 1/2.
+    ("lovasz", [0.5, 0.75, 0.9, 0.9], [1, 1, 255, 255], 0.5 * 0.5 + 0.25 * 0.5),
+    # class 1, foreground error 0.6, background error 0.2: 0.6 * J = 1, then 0.2 * (1 - 1) = 0; class 0 the other way
+    # round: background error 0.6 has J = 1 - 1/2, then foreground error 0.2 costs the rest 1/2.
+    ("lovasz", [0.4, 0.2, 0.9, 0.9], [1, 0, 255, 255], (0.6 + (0.6 * 0.5 + 0.2 * 0.5)) / 2),
+    ("ce-dice", [0.25, 0.75, 0.9, 0.9], [1, 1, 255, 255], -math.log(0.25 * 0.75) / 2 + 1 - 2 / 3),
+    # Dice of the foreground: overlap 0.25, sum p 1.0, sum y 1
+    ("bce-dice", [0.25, 0.75, 0.9, 0.9], [1, 0, 255, 255], -math.log(0.25 * 0.25) / 2 + 1 - 0.5 / 2),
+    # no foreground, no Dice part
+    ("bce-dice", [0.25, 0.75, 0.9, 0.9], [0, 0, 255, 255], -math.log(0.75 * 0.25) / 2),
+]
+
+
+@pytest.mark.parametrize(("name", "p", "target", "expected"), TABLE)
+def test_four_pixels(name, p, target, expected):
+    p = torch.tensor(p)
+    logits = torch.stack([torch.zeros(4), (p / (1 - p)).log()]).view(1, 2, 2, 2)
+    loss = make_loss(name, ignore_index=IGNORE, ohem_thresh=0.5, ohem_min_kept=2)
+    assert loss(logits, torch.tensor(target).view(1, 2, 2)).item() == pytest.approx(expected, rel=1e-5)
+
+
+# ---- cross-entropy against PyTorch ----
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weight", [None, [0.5, 2.0, 0.0, 1.0]])
+@pytest.mark.parametrize("ignore_index", [255, 1, -1])
+def test_cross_entropy_equals_pytorch(smoothing, weight, ignore_index):
+    logits, target = batch(4)
+    target[target == IGNORE] = ignore_index
+    weight = None if weight is None else torch.tensor(weight)
+    options = {"ignore_index": ignore_index, "label_smoothing": smoothing, "weight": weight}
+    value, gradient = grad(make_loss("ce", **options), logits, target)
+    expected, expected_gradient = grad(lambda x, t: F.cross_entropy(x, t, **options), logits, target)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_pixels_of_weight_zero_alone_give_zero(smoothing):
+    """A class unseen in training has weight 0; a batch of nothing else must not divide by 0."""
+    logits, target = batch(2)
+    target[target == 1] = 0
+    value, gradient = grad(make("ce", weight=torch.tensor([0.0, 1.0]), label_smoothing=smoothing), logits, target)
+    assert value == 0
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_bce_equals_pytorch(smoothing):
+    logits, target = batch(2)
+    valid = target != IGNORE
+    weight = torch.tensor([0.5, 2.0])
+    value, gradient = grad(make("bce", weight=weight, label_smoothing=smoothing), logits, target)
+
+    def oracle(x, t):
+        x, y = (x[:, 1] - x[:, 0])[valid], t[valid].float()
+        soft = y * (1 - smoothing) + smoothing / 2
+        # pos_weight and the division give the classes the weights 0.5 and 2
+        loss = F.binary_cross_entropy_with_logits(x, soft, pos_weight=weight[1] / weight[0], reduction="sum")
+        return loss * weight[0] / weight[t[valid]].sum()
+
+    expected, expected_gradient = grad(oracle, logits, target)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("name", BINARY)
+@pytest.mark.parametrize("k", [1, 3])
+def test_binary_losses_refuse_other_class_counts(name, k):
+    logits, target = batch(k)
+    with pytest.raises(ValueError, match=rf"2 classes.*got {k}"):
+        make(name)(logits, target)
+
+
+# ---- OHEM against a loop ----
+
+
+@pytest.mark.parametrize("thresh", [0.05, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("min_kept", [0, 1, 9, 40, 10_000])
+@pytest.mark.parametrize(("smoothing", "weight"), [(0.0, None), (0.3, None), (0.1, [0.5, 2.0, 0.3, 1.0])])
+def test_ohem_equals_a_loop(thresh, min_kept, smoothing, weight):
+    logits, target = batch(4)
+    logits[1] = logits[0].clone()  # a pair of equal pixels, so that there are ties
+    target[1] = target[0].clone()
+    weight = None if weight is None else torch.tensor(weight)
+    probs = logits.softmax(1)
+    pixels = []  # (p of the true class, loss, weight)
+    for n, i, j in (target != IGNORE).nonzero().tolist():
+        t, log_p = target[n, i, j], logits[n, :, i, j].log_softmax(0)
+        w = torch.ones(4) if weight is None else weight
+        loss = -(1 - smoothing) * w[t] * log_p[t] - smoothing / 4 * (w * log_p).sum()
+        pixels.append((probs[n, t, i, j].item(), loss.item(), w[t].item()))
+    kept = [pixel for pixel in pixels if pixel[0] < thresh]
+    if len(kept) < min_kept:
+        cut = sorted(p for p, _, _ in pixels)[:min_kept][-1]
+        kept = [pixel for pixel in pixels if pixel[0] <= cut * (1 + 1e-6)]
+    expected = sum(loss for _, loss, _ in kept) / sum(w for _, _, w in kept) if kept else 0.0
+
+    options = {"weight": weight, "label_smoothing": smoothing}
+    loss = make_loss("ohem", ignore_index=IGNORE, ohem_thresh=thresh, ohem_min_kept=min_kept, **options)
+    value, gradient = grad(loss, logits, target)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert (gradient.abs().sum(1) > 0).sum() == len(kept)
+
+
+def test_ohem_ranks_pixels_whose_probability_underflows():
+    """p is 0 in float32 at the first two pixels; the second is the worse one. None is hard at this thresh."""
+    logits = torch.zeros(1, 2, 1, 3)
+    logits[0, 0, 0] = torch.tensor([200.0, 300.0, -5.0])
+    value = losses.ohem_cross_entropy(logits, torch.ones(1, 1, 3, dtype=torch.int64), thresh=1e-300, min_kept=1)
+    assert value.item() == pytest.approx(300)
+
+
+@pytest.mark.parametrize(("thresh", "min_kept"), [(0.0, 1), (1.1, 1), (0.5, -1)])
+def test_ohem_refuses_senseless_settings(thresh, min_kept):
+    with pytest.raises(ValueError, match="thresh"):
+        losses.ohem_cross_entropy(*batch(3), thresh=thresh, min_kept=min_kept)
+
+
+# ---- Dice and Lovasz from their definitions ----
+
+
+def test_dice_equals_a_loop():
+    logits, target = batch(5)
+    target[target == 3] = 0  # class 3 is absent
+    probs = logits.double().softmax(1).numpy()
+    scores = []
+    for k in (0, 1, 2, 4):
+        overlap = size = 0.0
+        for (n, i, j), t in np.ndenumerate(target.numpy()):
+            if t != IGNORE:
+                overlap += probs[n, k, i, j] * (t == k)
+                size += probs[n, k, i, j] + (t == k)
+        scores.append(2 * overlap / size)
+    assert make("dice")(logits, target).item() == pytest.approx(1 - np.mean(scores), rel=1e-5)
+
+
+def lovasz_extension(set_function, errors):
+    """Sum over errors in falling order of error * (gain of adding that element to the set): Berman et al. 2018."""
+    total, chosen, before = 0.0, set(), 0.0
+    for i in np.argsort(-errors, kind="stable").tolist():
+        chosen.add(i)
+        after = set_function(chosen)
+        total, before = total + errors[i] * (after - before), after
+    return total
+
+
+def test_lovasz_equals_its_definition():
+    logits, target = batch(4)
+    target[target == 2] = 0  # class 2 is absent
+    valid = (target != IGNORE).numpy()
+    probs, labels = logits.double().softmax(1).movedim(1, -1).numpy()[valid], target.numpy()[valid]  # (P, K), (P,)
+    terms = []
+    for k in (0, 1, 3):
+        truth = set(np.flatnonzero(labels == k).tolist())
+
+        def jaccard_loss(wrong, truth=truth):
+            # The prediction differs from the truth in the set of wrong pixels.
+            predicted = truth ^ wrong
+            return 1 - len(truth & predicted) / len(truth | predicted)
+
+        terms.append(lovasz_extension(jaccard_loss, np.abs((labels == k) - probs[:, k])))
+    assert make("lovasz")(logits, target).item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_hard_predictions_give_one_minus_iou_and_one_minus_f1():
+    metrics = pytest.importorskip("sklearn.metrics")
+    _, target = batch(4)
+    _, guess = batch(4, ignored=0, seed=1)
+    logits = 1000.0 * F.one_hot(guess, 4).movedim(-1, 1)
+    valid = target != IGNORE
+    flat = {"y_true": target[valid].numpy(), "y_pred": guess[valid].numpy(), "average": "macro"}
+    assert set(flat["y_true"]) == set(range(4))
+    assert make("lovasz")(logits, target).item() == pytest.approx(1 - metrics.jaccard_score(**flat), rel=1e-5)
+    assert make("dice")(logits, target).item() == pytest.approx(1 - metrics.f1_score(**flat), rel=1e-5)
+
+
+def test_lovasz_weights_keep_their_digits_on_large_maps():
+    """Late pixels of a million: a difference of float32 Jaccard values would be off by several percent."""
+    errors = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0))
+    foreground = torch.arange(1_000_000) % 2 == 0
+    single = losses._lovasz_weights(errors, foreground)
+    double = losses._lovasz_weights(errors.double(), foreground)
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=0)
+    assert single.double().sum().item() == pytest.approx(1, rel=1e-6)  # J climbs from 0 to 1
+
+
+# ---- what every loss must keep ----
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_ignored_gives_zero_and_zero_gradient(name, dtype):
+    logits, target = batch(classes_for(name), dtype=dtype)
+    value, gradient = grad(make(name), logits, torch.full_like(target, IGNORE))
+    assert value == 0
+    assert value.dtype == torch.float32
+    assert (gradient == 0).all()
+
+
+@every_loss
+def test_ignored_pixels_count_for_nothing(name):
+    logits, target = batch(classes_for(name))
+    ignored = (target == IGNORE).unsqueeze(1).expand_as(logits)
+    other = torch.where(ignored, 30 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)), logits)
+    value, gradient = grad(make(name), logits, target)
+    other_value, other_gradient = grad(make(name), other, target)
+    torch.testing.assert_close(other_value, value)
+    torch.testing.assert_close(other_gradient, gradient)
+    assert (gradient[ignored] == 0).all()
+    assert (other_gradient[ignored] == 0).all()
+    assert (gradient[~ignored] != 0).any()
+
+
+@every_loss
+def test_ignore_index_may_be_a_class(name):
+    logits, target = batch(classes_for(name))
+    expected, expected_gradient = grad(make(name), logits, target.where(target != 0, IGNORE))
+    loss = make_loss(name, ignore_index=0, **OHEM)
+    value, gradient = grad(loss, logits, target.where(target != IGNORE, 0))
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@every_loss
+def test_padding_with_ignored_pixels_changes_nothing(name):
+    logits, target = batch(classes_for(name))
+    padded = F.pad(logits, (0, 3, 0, 2), value=1.0), F.pad(target, (0, 3, 0, 2), value=IGNORE)
+    torch.testing.assert_close(make(name)(*padded), make(name)(logits, target))
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_do_not_overflow(name, dtype):
+    logits, target = batch(classes_for(name), size=(1, 512, 512), scale=1e4, dtype=dtype)
+    logits = logits.clamp(-6e4, 6e4)
+    value, gradient = grad(make(name), logits, target)
+    assert value.dtype == torch.float32
+    assert value.isfinite()
+    assert gradient.dtype == dtype
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(value, make(name)(logits.float(), target))
+
+
+@every_loss
+def test_autocast_changes_nothing(name):
+    logits, target = batch(classes_for(name))
+    expected, expected_gradient = grad(make(name), logits, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        value, gradient = grad(make(name), logits, target)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, expected)
+    assert torch.equal(gradient, expected_gradient)
+
+
+def test_autocast_is_off_inside():
+    with torch.autocast("cpu", torch.bfloat16):
+        product = losses._in_float32(lambda x, t: x.flatten() @ x.flatten())(*batch(3))
+    assert product.dtype == torch.float32
+
+
+@every_loss
+def test_gradient_by_finite_differences(name):
+    """In double, which is not lowered to float32. OHEM and Lovasz are smooth where no two pixels tie."""
+    logits, target = batch(classes_for(name), size=(1, 3, 4), dtype=torch.float64)
+    options = {"weight": torch.rand(classes_for(name)), "label_smoothing": 0.1} if LOSSES[name][1] else {}
+    loss = make_loss(name, ignore_index=IGNORE, ohem_thresh=0.3, ohem_min_kept=5, **options)
+    assert loss(logits, target).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda x: loss(x, target), logits.requires_grad_())
+
+
+@every_loss
+def test_gradient_descent_lowers_the_loss(name):
+    logits, target = batch(classes_for(name), scale=0.5)
+    logits.requires_grad_()
+    optimizer = torch.optim.SGD([logits], lr=20.0)
+    values = []
+    for _ in range(30):
+        loss = make(name)(logits, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < 0.6 * values[0]
+
+
+@every_loss
+def test_perfect_prediction_costs_nothing(name):
+    _, target = batch(classes_for(name))
+    logits = 100.0 * F.one_hot(target.where(target != IGNORE, 0), classes_for(name)).movedim(-1, 1)
+    assert make(name)(logits, target).item() == pytest.approx(0, abs=1e-6)
+
+
+@every_loss
+def test_shape_mismatch_is_named(name):
+    logits, target = batch(classes_for(name))
+    with pytest.raises(ValueError, match=r"\(N, K, H, W\)"):
+        make(name)(logits, target[:, :1])  # would broadcast
+
+
+# ---- the table ----
+
+
+def test_unknown_name_lists_the_names():
+    with pytest.raises(ValueError, match="unknown loss 'focall'") as error:
+        make("focall")
+    assert all(name in str(error.value) for name in LOSSES)
+
+
+def test_ohem_needs_its_settings():
+    with pytest.raises(ValueError, match="ohem_min_kept"):
+        make_loss("ohem", ignore_index=IGNORE, ohem_thresh=0.5)
+
+
+@every_loss
+@pytest.mark.parametrize("options", [{"weight": torch.tensor([1.0, 3.0, 5.0, 7.0])}, {"label_smoothing": 0.2}])
+def test_an_option_has_an_effect_or_is_refused(name, options):
+    k = classes_for(name)
+    options = {key: value if key == "label_smoothing" else value[:k] for key, value in options.items()}
+    if next(iter(options)) not in LOSSES[name][1]:
+        with pytest.raises(ValueError, match="no use for"):
+            make(name, **options)
+        return
+    logits, target = batch(k)
+    assert make(name, **options)(logits, target) != make(name)(logits, target)
+
+
+def test_class_weights_are_a_buffer():
+    loss = make("ce", weight=torch.ones(4))
+    assert [name for name, _ in loss.named_buffers()] == ["weight"]
+    assert loss.to("meta").weight.device.type == "meta"
+    assert not loss.state_dict()
+    assert not list(loss.parameters())
+
+
+# ---- several processes ----
+
+
+def shares():
+    """The batch, and the images of each of two ranks: rank 0 has about 45 valid pixels, rank 1 has two."""
+    logits, target = batch(4, size=(4, 5, 5), ignored=0.1, dtype=torch.float64)
+    target[2:] = IGNORE
+    target[2, 0, :2] = torch.tensor([3, 1])
+    return logits, target, (slice(0, 2), slice(2, 4))
+
+
+WEIGHT = [0.5, 2.0, 0.3, 1.0]
+
+
+def rank_main(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    try:
+        logits, target, images = shares()
+        logits, target = logits[images[rank]], target[images[rank]]
+        result = {}
+        for weighted in (False, True):
+            loss = make("ce", weight=torch.tensor(WEIGHT) if weighted else None)
+            result[weighted] = grad(loss, logits, target)
+        # Every pixel of every rank is ignored: the global count is 0.
+        result["empty"] = grad(make("ce"), logits, torch.full_like(target, IGNORE))
+        if rank == 0:  # One rank alone, as in evaluation: it must not wait for the other.
+            with torch.no_grad():
+                result["alone"] = make("ce")(logits, target)
+        torch.save(result, os.path.join(folder, f"{rank}.pt"))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_average_to_the_single_process_loss(tmp_path):
+    torch.multiprocessing.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    logits, target, images = shares()
+    for weighted in (False, True):
+        value, gradient = grad(make("ce", weight=torch.tensor(WEIGHT) if weighted else None), logits, target)
+        torch.testing.assert_close((ranks[0][weighted][0] + ranks[1][weighted][0]) / 2, value)
+        # DDP divides the sum of the gradients by 2; each rank saw its own images only.
+        torch.testing.assert_close(torch.cat([ranks[0][weighted][1], ranks[1][weighted][1]]) / 2, gradient)
+    for rank in range(2):
+        value, gradient = ranks[rank]["empty"]
+        assert value == 0
+        assert (gradient == 0).all()
+    torch.testing.assert_close(ranks[0]["alone"], make("ce")(logits[images[0]], target[images[0]]))
+
+
+# ---- CUDA ----
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_loss
+def test_cuda_is_deterministic_and_equals_cpu(name):
+    logits, target = batch(classes_for(name), size=(2, 64, 64))
+    expected, expected_gradient = grad(make(name), logits, target)
+    torch.use_deterministic_algorithms(True)
+    try:
+        value, gradient = grad(make(name).cuda(), logits.cuda(), target.cuda())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(value.cpu(), expected)
+    torch.testing.assert_close(gradient.cpu(), expected_gradient)

@@ -1,0 +1,455 @@
+"""Training: schedules, optimizer and average against torch's own, resume to the bit, two processes equal to one, the command line."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import datasets
+import losses
+import models
+import train
+from train import Ema, Objective, TrainingError, make_optimizer, make_schedule
+
+SMALL = ["--backbone", "dinov2-tiny", "--size", "28", "42", "--crop", "28", "28", "--batch-size", "4", "--workers", "0"]
+SMALL += ["--amp", "off", "--warmup", "2"]
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch):
+    row = dataclasses.replace(datasets.DATASETS["synthetic"], lengths={"train": 10, "val": 3, "test": 2})
+    monkeypatch.setitem(datasets.DATASETS, "synthetic", row)
+
+
+def run(out, *flags):
+    return train.main([*SMALL, "--out", str(out), *flags])
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+CHANGING = {"seconds", "images_per_second", "id", "saved", "command"}
+
+
+def same(a, b):
+    """Equal to the bit, through dicts and lists; times and ids are no part of a run's result."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a.keys() - CHANGING)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    return models.build_model(num_classes=3, backbone="dinov2-tiny", head="fpn", **options)
+
+
+def loss_of(**options):
+    return losses.make_loss("ce", ignore_index=255, **options)
+
+
+# ---- learning rate ----
+
+
+def test_poly_with_warmup_by_hand():
+    schedule = make_schedule("poly", total=110, warmup=10, power=0.9)
+    assert schedule(0) == pytest.approx(1 / 11)
+    assert schedule(9) == pytest.approx(10 / 11)
+    assert schedule(10) == 1
+    assert schedule(60) == pytest.approx(0.5**0.9)
+    assert schedule(109) == pytest.approx(0.01**0.9)
+
+
+def test_cosine_and_poly_equal_torchs_schedulers():
+    for name, make in (
+        ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 50)),
+        ("poly", lambda o: torch.optim.lr_scheduler.PolynomialLR(o, 50, power=0.9)),
+    ):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        oracle, schedule = make(optimizer), make_schedule(name, total=50, power=0.9)
+        for step in range(50):
+            assert schedule(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
+            optimizer.step()
+            oracle.step()
+
+
+def test_restarts_begin_anew_and_constant_stays():
+    schedule = make_schedule("restarts", total=90, cycles=3, power=1.0)
+    assert [round(schedule(s), 6) for s in (0, 15, 30, 45, 60, 75)] == [1, 0.5, 1, 0.5, 1, 0.5]
+    assert {make_schedule("constant", total=90)(s) for s in range(90)} == {1.0}
+
+
+def test_plateau_counts_evaluations_without_a_new_best_as_torch_does():
+    scores = [1, 2, 2, 2, 1, 3, 3, 3, 3, 3, 3, 3]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    oracle = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.3, patience=2, threshold=0)
+    schedule = make_schedule("plateau", total=99, patience=3, factor=0.3)
+    for i, score in enumerate(scores):
+        oracle.step(score)
+        assert schedule(50, scores[: i + 1]) == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("name", train.SCHEDULES)
+def test_the_schedule_is_a_pure_function_of_the_step(name):
+    schedule = make_schedule(name, total=40, warmup=4)
+    forward = [schedule(s) for s in range(40)]
+    assert [schedule(s) for s in reversed(range(40))] == forward[::-1]
+    assert all(0 <= f <= 1 for f in forward)
+    assert forward[0] == pytest.approx(0.2)
+
+
+# ---- optimizer ----
+
+
+@pytest.mark.parametrize("name", train.OPTIMIZERS)
+def test_groups_learn_at_their_rate_and_spare_norms_and_biases_from_decay(name):
+    model = tiny()
+    objective = Objective(model, loss_of())
+    optimizer = make_optimizer(objective, name, lr=0.1, backbone_lr=0.01, weight_decay=0.05)
+    names = {id(p): n for n, p in model.named_parameters()}
+    seen = set()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            key = names[id(p)]
+            seen.add(key)
+            assert group["lr"] == (0.01 if key.startswith("backbone.") else 0.1)
+            spared = key.endswith((".bias", "lambda1", "_token", "position_embeddings")) or p.ndim == 1
+            assert group["weight_decay"] == (0.0 if spared else 0.05)
+    assert seen == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_nothing_to_train_is_an_error():
+    model = tiny().requires_grad_(False)
+    with pytest.raises(TrainingError, match="nothing to train"):
+        make_optimizer(Objective(model, loss_of()), "sgd", lr=1, backbone_lr=1, weight_decay=0)
+
+
+# ---- the step ----
+
+
+def batch(n=4, size=28):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, size, size, generator=g), torch.randint(3, (n, size, size), generator=g)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch():
+    images, target = batch()
+    weights = []
+    for accumulate in (1, 2, 4):
+        objective = Objective(tiny(norm="group", dropout=0.0), loss_of())
+        optimizer = make_optimizer(objective, "sgd", lr=0.1, backbone_lr=0.1, weight_decay=0)
+        value = train.train_step(objective, optimizer, images, target, accumulate=accumulate)
+        weights.append((torch.cat([p.detach().flatten() for p in objective.parameters()]), value))
+    for other, value in weights[1:]:
+        torch.testing.assert_close(other, weights[0][0], rtol=1e-5, atol=1e-6)
+        assert value == pytest.approx(weights[0][1], rel=1e-6)
+
+
+def test_clipping_limits_the_norm_of_the_gradient():
+    images, target = batch()
+    objective = Objective(tiny(dropout=0.0), loss_of())
+    optimizer = make_optimizer(objective, "sgd", lr=0.0, backbone_lr=0.0, weight_decay=0)
+    norm = lambda: torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None]).norm()  # noqa: E731
+    train.train_step(objective, optimizer, images, target)
+    assert norm() > 0.01
+    train.train_step(objective, optimizer, images, target, clip=0.01)
+    assert norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_objective_weighs_auxiliary_losses():
+    images, target = batch()
+    torch.manual_seed(0)
+    model = models.build_model(num_classes=3, backbone="resnet18", head="ocr", aux=True).eval()
+    first, coarse, aux = (model.resize(x, (28, 28)) for x in model.predictions(model.encode(images)))
+    wanted = F.cross_entropy(first, target) + 0.3 * (F.cross_entropy(coarse, target) + F.cross_entropy(aux, target))
+    assert Objective(model, loss_of(), 0.3)(images, target).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_ema_equals_torchs_average_and_copies_buffers():
+    model = models.build_model(num_classes=3, backbone="mobilenet_v2", head="linear")
+    ema, n = Ema(model, 0.9), 0
+
+    def average(averaged, current, _):
+        decay = min(0.9, (1 + n) / (10 + n))
+        return decay * averaged + (1 - decay) * current
+
+    oracle = torch.optim.swa_utils.AveragedModel(model, avg_fn=average)
+    oracle.n_averaged += 1  # start from the first weights, not with a copy of the second
+    for _ in range(12):
+        n += 1
+        with torch.no_grad():
+            for p in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
+                p.add_(torch.randn_like(p))
+        ema.update(model)
+        oracle.update_parameters(model)
+    own = {k: v.clone() for k, v in model.state_dict().items()}
+    with ema.applied(model):
+        for key, p in oracle.module.named_parameters():
+            torch.testing.assert_close(model.state_dict()[key], p.detach(), rtol=1e-5, atol=1e-5)
+        for key, buffer in model.named_buffers():
+            assert torch.equal(buffer, own[key])
+    assert same(model.state_dict(), own)
+
+
+# ---- the loop ----
+
+
+def make_fit(tmp_path, **options):
+    """fit() on ten drawn scenes with everything explicit; returns (objective, what it returned)."""
+    info_set = datasets.open_dataset("synthetic", "train", size=(28, 42), length=10)
+    info_set.transform = datasets.train_transform(
+        info_set.info, crop=(28, 28), scale=(0.5, 2.0), cat_max_ratio=0.75, flip=0.5, photometric=True
+    )
+    val_set = datasets.open_dataset("synthetic", "val", size=(28, 42), length=2)
+    torch.manual_seed(0)
+    model = models.build_model(num_classes=19, backbone="dinov2-tiny", head="fpn")
+    objective = options.pop("objective", None) or Objective(model, loss_of())
+    optimizer = make_optimizer(objective, "adamw", lr=1e-3, backbone_lr=1e-3, weight_decay=0.05)
+    about = {"data": info_set.info.to_dict(), "pretrained": "no", "command": "test"}
+
+    def save(path, **state):
+        models.save_checkpoint(path, model, **about, **state)
+
+    common = dict(
+        optimizer=optimizer,
+        schedule=make_schedule("poly", total=6),
+        epochs=3,
+        batch_size=4,
+        seed=0,
+        device=torch.device("cpu"),
+        out_dir=tmp_path,
+        save=save,
+    )
+    return objective, train.fit(objective, info_set, val_set, **common | options)
+
+
+def test_fit_is_a_plain_loop_over_the_same_samples(tmp_path):
+    objective, done = make_fit(tmp_path, seed=7)
+    torch.manual_seed(0)
+    model = models.build_model(num_classes=19, backbone="dinov2-tiny", head="fpn").train()
+    dataset = datasets.open_dataset("synthetic", "train", size=(28, 42), length=10)
+    dataset.transform = datasets.train_transform(
+        dataset.info, crop=(28, 28), scale=(0.5, 2.0), cat_max_ratio=0.75, flip=0.5, photometric=True
+    )
+    decayed = [p for p in model.parameters() if p.requires_grad]
+    plain = make_optimizer(Objective(model, loss_of()), "adamw", lr=1e-3, backbone_lr=1e-3, weight_decay=0.05)
+    sampler = datasets.StepSampler(10, batch_size=4, start=0, stop=6, seed=7)
+    for step, keys in enumerate(sampler):
+        images, targets = zip(*(dataset[k] for k in keys), strict=True)
+        for group in plain.param_groups:
+            group["lr"] = 1e-3 * (1 - step / 6) ** 0.9
+        torch.manual_seed(datasets.mix_seed(7, step, 0))
+        loss = F.cross_entropy(model(torch.stack(images)), torch.stack(targets), ignore_index=255)
+        plain.zero_grad()
+        loss.backward()
+        plain.step()
+    for a, b in zip([p for p in objective.model.parameters() if p.requires_grad], decayed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert done["step"] == 6
+    assert done["history"][-1]["loss"] > 0
+
+
+def test_callbacks_and_files(tmp_path):
+    epochs, steps = [], []
+    _, done = make_fit(tmp_path, on_epoch_start=epochs.append, after_step=steps.append, eval_every=2, save_every=3)
+    assert (epochs, steps) == ([0, 1, 2], list(range(6)))
+    assert ["miou" in row for row in done["history"]] == [False, True, True]  # the last epoch is always evaluated
+    with open(tmp_path / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["miou"] == "" for r in rows] == [True, False, False]
+    best = max(r["miou"] for r in done["history"] if "miou" in r)
+    assert read(tmp_path / "best.pt")["metrics"]["miou"] == best == done["best"]["miou"]
+    assert "training" not in read(tmp_path / "best.pt")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_files_and_spares_best(tmp_path):
+    make_fit(tmp_path, epochs=1)
+    before = (tmp_path / "best.pt").read_bytes()
+
+    class Exploding(Objective):
+        steps = 0
+
+        def forward(self, images, target):
+            self.steps += 1
+            return super().forward(images, target) * (math.inf if self.steps == 2 else 1)
+
+    model = tiny()
+    model.build["num_classes"] = 19
+    model.head = models.build_model(num_classes=19, backbone="dinov2-tiny", head="fpn").head
+    objective = Exploding(model, loss_of())
+    with pytest.raises(TrainingError, match=r"loss is inf at step 1 .*synthetic/train/\d+, synthetic/train/\d+"):
+        make_fit(tmp_path, objective=objective)
+    assert (tmp_path / "best.pt").read_bytes() == before
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ---- resume ----
+
+
+@pytest.mark.parametrize("flags", [["--ema", "0.9"], ["--optimizer", "sgd", "--schedule", "plateau", "--patience", "1"]])
+@pytest.mark.parametrize("stop_at", [3, 4])  # in the middle of an epoch, and at its end: 2 steps an epoch
+def test_a_stopped_and_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, capsys, flags, stop_at):
+    flags = [*flags, "--epochs", "4"]
+    whole = run(tmp_path / "whole", *flags)
+    step, count = train.train_step, iter(range(1, 99))
+
+    def interrupted(*args, **options):
+        value = step(*args, **options)
+        if next(count) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)  # arrives in the middle of the step
+        return value
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    stopped = run(tmp_path / "part", *flags)
+    assert stopped == {"stopped": "SIGTERM", "step": stop_at}
+    assert f"python train.py --resume --out {tmp_path / 'part'}" in capsys.readouterr().out
+    monkeypatch.setattr(train, "train_step", step)
+    torch.manual_seed(123)  # whatever the process did before
+    resumed = train.main(["--resume", "--out", str(tmp_path / "part"), "--workers", "1"])
+    for name in ("last.pt", "best.pt"):
+        a, b = (read(tmp_path / run / name) for run in ("whole", "part"))
+        for checkpoint in (a, b):
+            for flag in ("out", "workers"):
+                checkpoint["args"].pop(flag)
+        assert [k for k in a.keys() - CHANGING if not same(a[k], b[k])] == []
+    assert resumed["miou"] == whole["miou"]
+
+
+def test_resume_takes_its_flags_from_the_run_and_refuses_another_run(tmp_path):
+    run(tmp_path, "--epochs", "1", "--lr", "0.002")
+    longer = train.main(["--resume", "--out", str(tmp_path), "--epochs", "2"])
+    assert longer["steps"] == 4
+    assert read(tmp_path / "last.pt")["args"]["lr"] == 0.002
+    with pytest.raises(models.ModelError, match=r"--batch-size, --head cannot change"):
+        train.main(["--resume", "--out", str(tmp_path), "--head", "linear", "--batch-size", "2"])
+    with pytest.raises(models.ModelError, match="no checkpoint at"):
+        train.main(["--resume", "--out", str(tmp_path / "none")])
+    os.replace(tmp_path / "best.pt", tmp_path / "last.pt")
+    with pytest.raises(models.ModelError, match="no training state"):
+        train.main(["--resume", "--out", str(tmp_path)])
+
+
+# ---- several processes ----
+
+
+def one_process(rank, world, port, out, flags):
+    """A process of torchrun: the same table row, environment and command line."""
+    numbers = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4, "use_swiglu_ffn": False}
+    models.BACKBONES["dinov2-tiny"] = dataclasses.replace(models.BACKBONES["dinov2-small"], numbers=numbers)
+    row = dataclasses.replace(datasets.DATASETS["synthetic"], lengths={"train": 10, "val": 3, "test": 2})
+    datasets.DATASETS["synthetic"] = row
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    train.main([*SMALL, "--out", out, *flags])
+
+
+def test_two_processes_train_like_one_with_the_same_batch(tmp_path):
+    flags = ["--epochs", "2", "--norm", "group", "--dropout", "0", "--class-weights", "enet"]
+    for world in (1, 2):
+        port = str(29500 + os.getpid() % 1000 + world)
+        args = (world, port, str(tmp_path / str(world)), flags)
+        torch.multiprocessing.spawn(one_process, args, nprocs=world)
+    histories = []
+    for world in ("1", "2"):
+        with open(tmp_path / world / "history.csv") as file:
+            histories.append(list(csv.DictReader(file)))
+    for a, b in zip(*histories, strict=True):
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-5)
+    assert [r["miou"] for r in histories[0]] == [r["miou"] for r in histories[1]]
+    a, b = (read(tmp_path / world / "last.pt")["state_dict"] for world in ("1", "2"))
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-5)
+
+
+# ---- command line ----
+
+
+def test_a_run_leaves_its_files_and_numbers(tmp_path):
+    done = run(tmp_path, "--epochs", "2", "--aux", "--class-weights", "effective", "--loss", "ohem", "--clip", "1")
+    written = {"best.pt", "last.pt", "history.csv", "results.json", "curves.png", "class_distribution.png"}
+    written |= {"confusion.png", "class_iou.png", "examples.png"}
+    assert {p.name for p in tmp_path.iterdir()} == written
+    assert json.loads((tmp_path / "results.json").read_text()).keys() == done.keys()
+    keys = "command model dataset split pretrained params trainable_params file_mb miou macc aacc class_iou seconds "
+    assert set((keys + "peak_memory_mb").split()) <= done.keys()
+    assert done["command"].startswith("python train.py --backbone dinov2-tiny")
+    assert done["pretrained"] == "no"
+    assert len(done["class_iou"]) == 19
+    checkpoint = read(tmp_path / "best.pt")
+    assert checkpoint["data"]["classes"][0] == "road"
+    assert checkpoint["lineage"] == []
+
+
+@pytest.mark.parametrize("amp", ["auto", "bf16", "off"])
+def test_amp(tmp_path, amp):
+    run(tmp_path, "--dry-run", "--amp", amp)
+    assert read(tmp_path / "last.pt")["args"]["amp"] in (("bf16", "off") if amp == "auto" else (amp,))
+
+
+def test_dry_run_does_not_touch_a_trained_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main([*SMALL, "--dry-run"])
+    assert not (tmp_path / "checkpoints" / "train").exists()
+    assert (tmp_path / "checkpoints" / "dry-run" / "train" / "best.pt").exists()
+
+
+def test_compiled_step(tmp_path):
+    assert run(tmp_path, "--dry-run", "--compile")["steps"] == 2
+
+
+def test_time_steps_measures_the_loader_and_a_plain_loop(tmp_path):
+    speeds = run(tmp_path, "--time-steps", "3", "--ema", "0.99")
+    assert all(v > 0 for v in speeds.values())
+    assert speeds["step_ratio"] == pytest.approx(
+        speeds["plain_images_per_second"] / speeds["training_images_per_second"]
+    )
+
+
+def test_deterministic(tmp_path):
+    try:
+        a, b = (run(tmp_path / n, "--dry-run", "--deterministic")["miou"] for n in "ab")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert a == b
+
+
+def test_tensorboard_is_optional(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(TrainingError, match="pip install tensorboard"):
+        run(tmp_path, "--dry-run", "--tensorboard")
+
+
+def test_tensorboard_events(tmp_path):
+    pytest.importorskip("tensorboard")
+    run(tmp_path, "--dry-run", "--tensorboard")
+    assert [p for p in tmp_path.iterdir() if p.name.startswith("events.out.tfevents")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--loss", "bce"], "--loss bce"),
+        (["--loss", "dice", "--class-weights", "enet"], "--loss dice"),
+        (["--batch-size", "4", "--accumulate", "3"], "no multiple of"),
+        (["--amp", "fp16"], "needs a GPU"),
+        (["--dataset", "camvid"], "--data-root"),
+        (["--pretrained", "nowhere"], "no such file"),
+        (["--head", "unet", "--no-fuse"], "--no-fuse"),
+    ],
+)
+def test_bad_flags_are_one_line_that_says_so(tmp_path, flags, words):
+    with pytest.raises((models.ModelError, datasets.DataError), match=words) as error:
+        run(tmp_path, "--dry-run", *flags)
+    assert "\n" not in str(error.value)

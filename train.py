@@ -1,0 +1,817 @@
+"""Train a segmentation network.
+
+    python train.py --head fpn                                   # DINOv2-small + FPN on drawn street scenes
+    python train.py --dataset camvid --data-root PATH --backbone resnet18 --head unet --epochs 100
+    python train.py --resume                                     # go on where checkpoints/train/last.pt stopped
+    torchrun --nproc-per-node 2 train.py --head fpn              # several processes on one machine
+
+Every random choice is a function of the seed and the step: the batch, the augmentation of each sample, the learning
+rate. So a run that was stopped and resumed ends in the same bits as one that was not, with any number of workers.
+
+Writes to --out (default checkpoints/train): best.pt (best mIoU; the EMA's weights with --ema), last.pt (everything
+--resume needs), history.csv, results.json, and the figures curves, class_distribution, confusion, class_iou, examples.
+"""
+
+import argparse
+import contextlib
+import csv
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import datasets
+import evaluate
+import losses
+import models
+from models import ModelError
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("poly", "restarts", "cosine", "plateau", "constant")
+
+
+class TrainingError(ModelError):
+    """Training cannot go on; the message says at which step and what to do."""
+
+
+# ---- objective ------------------------------------------------------------------------------------------------------
+
+
+class Objective(nn.Module):
+    """Network and loss in one module, which DistributedDataParallel can wrap whole.
+
+    (images (N, 3, H, W), target (N, H, W)) -> scalar loss: that of the logits, resized in float32 to the target's
+    size, plus aux_weight times that of each auxiliary output.
+    """
+
+    def __init__(self, model, loss, aux_weight=0.4):
+        super().__init__()
+        self.model, self.loss, self.aux_weight = model, loss, aux_weight
+
+    def forward(self, images, target):
+        first, *others = self.model.predictions(self.model.encode(images))
+        loss = self.loss(self.model.resize(first.float(), target.shape[-2:]), target)
+        for logits in others:
+            loss = loss + self.aux_weight * self.loss(self.model.resize(logits.float(), target.shape[-2:]), target)
+        return loss
+
+
+# ---- optimizer, learning rate, weight average -----------------------------------------------------------------------
+
+
+def make_optimizer(objective, name, *, lr, backbone_lr, weight_decay, momentum=0.9):
+    """SGD, Adam or AdamW over the trainable parameters, each group with its `base_lr`.
+
+    Parameters of the backbone learn at backbone_lr, all others at lr. Vectors (biases, norms, layer scales) and
+    embeddings of tokens and positions are not decayed.
+    """
+    groups = {}
+    for key, p in objective.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim <= 1 or key.endswith(("_token", "position_embeddings"))
+            groups.setdefault((".backbone." in f".{key}", plain), []).append(p)
+    if not groups:
+        raise TrainingError("nothing to train: every parameter is frozen")
+    params = [
+        dict(params=group, lr=rate, base_lr=rate, weight_decay=0.0 if plain else weight_decay)
+        for (in_backbone, plain), group in groups.items()
+        for rate in (backbone_lr if in_backbone else lr,)
+    ]
+    if name == "sgd":
+        return torch.optim.SGD(params, momentum=momentum, fused=True)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](params, fused=True)
+
+
+def make_schedule(name, *, total, warmup=0, power=0.9, cycles=3, patience=3, factor=0.3):
+    """Learning-rate factor as a pure function: schedule(step, scores) with the mIoU of every evaluation so far.
+
+    poly: (1 - t)^power (Chen et al. 2017). restarts: `cycles` polys one after the other. cosine: to zero (Loshchilov
+    and Hutter 2017). plateau: times `factor` whenever `patience` evaluations brought no better mIoU; the only one to
+    read scores. constant. The first `warmup` steps rise linearly, in every schedule.
+    """
+
+    def schedule(step, scores=()):
+        rise = min(1.0, (step + 1) / (warmup + 1))
+        t = min(1.0, max(0, step - warmup) / max(1, total - warmup))  # share of the run that is over
+        if name == "poly":
+            return rise * (1 - t) ** power
+        if name == "restarts":
+            return rise * (1 - t * cycles % 1) ** power
+        if name == "cosine":
+            return rise * (1 + math.cos(math.pi * t)) / 2
+        if name == "plateau":
+            return rise * factor ** _plateaus(scores, patience)
+        return rise
+
+    return schedule
+
+
+def _plateaus(scores, patience):
+    """How often `patience` scores in a row brought no new best; the count starts anew after each."""
+    best, waited, plateaus = -math.inf, 0, 0
+    for score in scores:
+        waited = 0 if score > best else waited + 1
+        best = max(best, score)
+        if waited == patience:
+            plateaus, waited = plateaus + 1, 0
+    return plateaus
+
+
+class Ema:
+    """Exponential moving average of the trained weights; buffers (BatchNorm statistics) are copied.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) with the number n of updates, so early weights fade fast.
+    """
+
+    def __init__(self, model, decay):
+        self.decay, self.updates = decay, 0
+        self.shadow = {k: v.detach().clone() for k, v in self._averaged(model) + self._copied(model)}
+
+    def _averaged(self, model):
+        return [(k, p.detach()) for k, p in model.named_parameters() if p.requires_grad]
+
+    def _copied(self, model):
+        return list(model.named_buffers())
+
+    @torch.no_grad()
+    def update(self, model):
+        self.updates += 1
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        keys, values = zip(*self._averaged(model), strict=True)
+        torch._foreach_lerp_([self.shadow[k] for k in keys], list(values), weight)
+        for key, value in self._copied(model):
+            self.shadow[key].copy_(value)
+
+    @contextlib.contextmanager
+    def applied(self, model):
+        """The average in place of the model's weights, for as long as the block lasts."""
+        own = {k: v.detach().clone() for k, v in self._averaged(model) + self._copied(model)}
+        model.load_state_dict(self.shadow, strict=False)  # what is frozen is not in it
+        try:
+            yield
+        finally:
+            model.load_state_dict(own, strict=False)
+
+
+# ---- numbers, processes, signals ------------------------------------------------------------------------------------
+
+
+def set_seed(seed, *, deterministic=False):
+    """Seed torch everywhere; with `deterministic`, also refuse operations that do not repeat bit for bit."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def choose_amp(name, device):
+    """Resolve --amp to off, bf16 or fp16. auto: what multiplies matrices fastest on this device, timed for a moment."""
+    if name == "fp16" and device.type != "cuda":
+        raise TrainingError("--amp fp16 needs a GPU: choose bf16, off or auto on the CPU")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    times = {}
+    for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.ones(512, 512, dtype=dtype)
+        a @ a
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        times[amp] = time.perf_counter() - start
+    return "bf16" if 1.2 * times["bf16"] < times["off"] else "off"  # the casts cost something too
+
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def rank_and_world():
+    """(rank, number of processes); (0, 1) without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def process_group(device):
+    """The process group that torchrun asks for, if it does (nccl on GPUs, else gloo); yields this process's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _over_processes(value, device, op=dist.ReduceOp.SUM):
+    """A number summed (or what `op` says) over the processes."""
+    if not dist.is_initialized():
+        return value
+    t = torch.tensor(float(value), device=device, dtype=torch.float64)
+    dist.all_reduce(t, op)
+    return t.item()
+
+
+class StopSignal:
+    """While the block lasts, SIGINT and SIGTERM only set `name`; the loop stops after the step it is in."""
+
+    def __enter__(self):
+        self.name, self.previous = None, {}
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            for s in (signal.SIGINT, signal.SIGTERM):
+                self.previous[s] = signal.signal(s, self._stop)
+        return self
+
+    def _stop(self, number, frame):
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, *exc):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+def train_step(
+    objective, optimizer, images, target, *, amp_dtype=None, scaler=None, accumulate=1, clip=0.0, check=None
+):
+    """One optimizer step on a batch, in `accumulate` micro-batches; the mean loss as a float.
+
+    Calls check(loss) before the weights change. clip: largest gradient norm, 0 for none.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    pieces = list(zip(images.chunk(accumulate), target.chunk(accumulate), strict=True))
+    for i, (x, y) in enumerate(pieces):
+        last = i + 1 == len(pieces)
+        quiet = contextlib.nullcontext() if last or not hasattr(objective, "no_sync") else objective.no_sync()
+        with quiet:
+            with torch.autocast(x.device.type, amp_dtype, enabled=amp_dtype is not None):
+                loss = objective(x, y) / len(pieces)
+            (scaler.scale(loss) if scaler else loss).backward()
+        total = total + loss.detach()
+    total = total.item()
+    if check:
+        check(total)
+    if scaler:
+        scaler.unscale_(optimizer)
+    if clip:
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        nn.utils.clip_grad_norm_(params, clip)
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    return total
+
+
+class Keeper:
+    """What a run leaves behind: evaluates where it is due, keeps best.pt, last.pt, history.csv and the running sums.
+
+    `state` is what of it last.pt holds. save(path, metrics=..., training=...) writes the network as it is.
+    """
+
+    def __init__(self, objective, val_set, *, optimizer, scaler, ema, out_dir, save, device, amp_dtype, workers, writer):
+        self.objective, self.val_set, self.optimizer, self.scaler, self.ema = objective, val_set, optimizer, scaler, ema
+        self.out_dir, self.save, self.device, self.amp_dtype, self.writer = out_dir, save, device, amp_dtype, writer
+        self.rank, world = rank_and_world()
+        self.loader = datasets.eval_loader(val_set, batch_size=1, workers=workers, rank=self.rank, world=world)
+        self.state = dict(step=0, history=[], best=None, seconds=0.0, loss_sum=0.0, loss_count=0)
+        self.started = time.perf_counter()
+
+    def seconds(self):
+        """Seconds of training so far, over all the resumed parts."""
+        return self.state["seconds"] + time.perf_counter() - self.started
+
+    def scores(self):
+        return [row["miou"] for row in self.state["history"] if "miou" in row]
+
+    def resume(self, training):
+        """Take up the "training" entry of a last.pt."""
+        self.state.update({k: training[k] for k in self.state})
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.objective.load_state_dict(training["objective"], strict=False)  # the network's own part is loaded already
+        if self.scaler:
+            self.scaler.load_state_dict(training["scaler"])
+        if self.ema:
+            self.ema.updates, self.ema.shadow = training["ema"]["updates"], training["ema"]["shadow"]
+
+    def save_last(self):
+        if self.rank:
+            return
+        training = {
+            **self.state,
+            "seconds": self.seconds(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "ema": {"updates": self.ema.updates, "shadow": self.ema.shadow} if self.ema else None,
+            "objective": {k: v for k, v in self.objective.state_dict().items() if not k.startswith("model.")},
+        }
+        self.save(self.out_dir / "last.pt", metrics=self.state["best"], training=training)
+
+    def evaluate(self):
+        """mIoU, mAcc and aAcc of the weights (the EMA's, if there is one), written to best.pt if they are the best."""
+        model, info = self.objective.model, self.val_set.info
+        with self.ema.applied(model) if self.ema else contextlib.nullcontext():
+            metrics = evaluate.evaluate(
+                model, self.loader, num_classes=len(info.classes), ignore_index=info.ignore_index, device=self.device,
+                boundary=False, amp_dtype=self.amp_dtype,
+            )  # fmt: skip
+            metrics = {k: metrics[k] for k in ("miou", "macc", "aacc")}
+            best = self.state["best"]
+            if best is None or not metrics["miou"] <= best["miou"]:
+                self.state["best"] = metrics | {"step": self.state["step"]}
+                if self.rank == 0:
+                    self.save(self.out_dir / "best.pt", metrics=self.state["best"])
+        return metrics
+
+    def end_epoch(self, epoch, *, images_per_second, evaluate, save):
+        """Close an epoch: its row of history.csv, its line on the screen, last.pt."""
+        state = self.state
+        loss = _over_processes(state["loss_sum"], self.device) / _over_processes(state["loss_count"], self.device)
+        row = dict(epoch=epoch + 1, step=state["step"], lr=self.optimizer.param_groups[-1]["lr"], loss=loss)
+        if evaluate:
+            row.update(self.evaluate())
+        row.update(images_per_second=round(images_per_second, 2), seconds=round(self.seconds(), 2))
+        state["history"].append(row)
+        state.update(loss_sum=0.0, loss_count=0)
+        if self.rank == 0:
+            write_history(self.out_dir / "history.csv", state["history"])
+            tqdm.write("  ".join(f"{k} {row[k]:.4g}" for k in row if k != "seconds") + f"  {row['seconds']:.0f} s")
+        if self.writer:
+            for key in row.keys() - {"epoch", "step"}:
+                self.writer.add_scalar(key, row[key], state["step"])
+        if save:
+            self.save_last()
+
+
+def fit(
+    objective,
+    train_set,
+    val_set,
+    *,
+    optimizer,
+    schedule,
+    epochs,
+    batch_size,
+    seed,
+    device,
+    out_dir,
+    save,
+    workers=0,
+    accumulate=1,
+    clip=0.0,
+    amp="off",
+    ema_decay=0.0,
+    eval_every=1,
+    save_every=1,
+    max_steps=None,
+    resume=None,
+    compile_step=False,
+    writer=None,
+    on_epoch_start=None,
+    after_step=None,
+):
+    """Train objective.model on train_set, keeping the weights with the best mIoU on val_set.
+
+    objective: module of (images, target) -> loss with the network as `.model`. schedule(step, scores) -> factor of each
+    group's base_lr. batch_size: over all processes. save(path, metrics, training) writes a checkpoint. resume: the
+    "training" entry of a last.pt. max_steps: stop there, whatever `epochs` says. on_epoch_start(epoch) and
+    after_step(step) are for callers that do something to the network of their own.
+    Returns {"history": rows, "best": metrics of best.pt, "seconds", "step", "stopped": signal name or None}.
+    Raises TrainingError where the loss is not finite; best.pt stays as it was.
+    """
+    rank, world = rank_and_world()
+    if batch_size % (world * accumulate):
+        parts = f"{world} processes x --accumulate {accumulate}"
+        raise TrainingError(f"--batch-size {batch_size} is no multiple of {parts}")
+    scaler = torch.amp.GradScaler(device.type) if amp == "fp16" else None
+    ema = Ema(objective.model, ema_decay) if ema_decay else None
+    keeper = Keeper(
+        objective, val_set, optimizer=optimizer, scaler=scaler, ema=ema, out_dir=Path(out_dir), save=save, device=device,
+        amp_dtype=AMP_DTYPES[amp], workers=workers, writer=writer,
+    )  # fmt: skip
+    state = keeper.state
+    if resume:
+        keeper.resume(resume)
+    share = dict(batch_size=batch_size, seed=seed, rank=rank, world=world)
+    sampler = datasets.StepSampler(len(train_set), start=0, stop=0, **share)
+    first, an_epoch = state["step"], sampler.steps_per_epoch
+    stop = min(epochs * an_epoch, max_steps or math.inf)
+    batches = iter(datasets.train_loader(train_set, start=first, stop=stop, workers=workers, **share))
+    step_module = objective
+    if world > 1:
+        step_module = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
+    if compile_step:
+        step_module = torch.compile(step_module)
+
+    def check(loss):
+        if not math.isfinite(loss):
+            step = state["step"]
+            files = ", ".join(train_set.file(i) for i, _ in sampler.batch(step))
+            raise TrainingError(
+                f"the loss is {loss} at step {step} (epoch {step // an_epoch + 1}), on {files}. Stopped; "
+                f"{keeper.out_dir / 'best.pt'} was left alone. Try a lower --lr, --clip 1, --warmup, or --amp off"
+            )
+
+    images_done, seconds_done = 0, 0.0
+    objective.train()
+    with StopSignal() as signals, tqdm(total=stop, initial=first, disable=rank > 0, unit="step", leave=False) as bar:
+        for step in range(first, stop):
+            epoch, within = divmod(step, an_epoch)
+            if within == 0 and on_epoch_start:
+                on_epoch_start(epoch)
+            began = time.perf_counter()
+            factor = schedule(step, keeper.scores())
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            images, target = next(batches)
+            torch.manual_seed(datasets.mix_seed(seed, step, rank))  # for dropout: the same when resumed
+            loss = train_step(
+                step_module,
+                optimizer,
+                images.to(device, non_blocking=True, memory_format=torch.channels_last),
+                target.to(device, non_blocking=True),
+                amp_dtype=AMP_DTYPES[amp],
+                scaler=scaler,
+                accumulate=accumulate,
+                clip=clip,
+                check=check,
+            )
+            if ema:
+                ema.update(objective.model)
+            if after_step:
+                after_step(step)
+            state.update(step=step + 1, loss_sum=state["loss_sum"] + loss, loss_count=state["loss_count"] + 1)
+            images_done, seconds_done = images_done + batch_size, seconds_done + time.perf_counter() - began
+            bar.update()
+            bar.set_postfix_str(
+                f"loss {loss:.3f}, lr {optimizer.param_groups[-1]['lr']:.2e}, {images_done / seconds_done:.1f} images/s"
+            )
+            over = step + 1 == stop
+            if over or within + 1 == an_epoch:
+                keeper.end_epoch(
+                    epoch,
+                    images_per_second=images_done / seconds_done,
+                    evaluate=over or (epoch + 1) % eval_every == 0,
+                    save=over or (epoch + 1) % save_every == 0,
+                )
+                images_done, seconds_done = 0, 0.0
+            if _over_processes(signals.name is not None, device, dist.ReduceOp.MAX):
+                break
+    stopped = None
+    if state["step"] < stop:
+        keeper.save_last()
+        stopped = signals.name or "a signal to another process"
+    return {**{k: state[k] for k in ("history", "best", "step")}, "seconds": keeper.seconds(), "stopped": stopped}
+
+
+def write_history(path, history):
+    """One row an epoch; epochs without an evaluation leave its columns empty."""
+    columns = list(dict.fromkeys(k for row in history for k in row))
+    temporary = Path(path).with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+    os.replace(temporary, path)
+
+
+def plot_curves(history, path):
+    """Loss, learning rate and, where evaluated, mIoU and aAcc over the epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    panels = (("training", ("loss",), "loss"), ("schedule", ("lr",), "learning rate"), ("validation", ("miou", "aacc"), "%"))
+    names = {"miou": "mIoU", "aacc": "aAcc"}
+    for axis, (title, keys, unit) in zip(axes, panels, strict=True):
+        for key in keys:
+            rows = [row for row in history if key in row]
+            axis.plot([r["epoch"] for r in rows], [r[key] for r in rows], marker="o", ms=3, label=names.get(key, key))
+        axis.set(title=title, xlabel="epoch", ylabel=unit)
+        axis.grid(alpha=0.3)
+    axes[2].set_ylim(0, 100)
+    axes[2].legend()
+    evaluate.save_figure(figure, path)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def add_model_args(parser):
+    """Flags that choose the network: the arguments of build_model()."""
+    group = parser.add_argument_group("network")
+    add, yes_no = group.add_argument, argparse.BooleanOptionalAction
+    add("--backbone", default="dinov2-small", choices=models.BACKBONES, help="encoder")
+    add("--head", default="fpn", choices=models.HEADS, help="decoder")
+    add("--taps", type=int, default=4, choices=(1, 4), help="feature maps taken from the backbone")
+    add("--norm", default="batch", choices=("batch", "group", "none"), help="normalisation in the head")
+    add("--dropout", type=float, default=0.1, help="share of channels dropped before the classifier")
+    add("--fuse", action=yes_no, default=True, help="concatenate and convolve the taps, or average a prediction each")
+    add("--upsample", default="bilinear", choices=("bilinear", "learned"), help="of the logits to the input's size")
+    add("--output-stride", type=int, choices=(8, 16, 32), help="of a convolutional backbone; left out: the head's")
+    add("--aux", action=yes_no, default=False, help="auxiliary FCN head while training")
+    add("--aux-weight", type=float, default=0.4, help="weight of auxiliary losses")
+    add("--pretrained", default="auto", metavar="auto|require|PATH", help="hub weights if to be had, or a local copy")
+    add("--no-pretrained", dest="pretrained", action="store_const", const="no", help="train from scratch")
+    add("--freeze-backbone", action=yes_no, help="left out: frozen if pretrained, trained from scratch otherwise")
+
+
+def add_train_args(parser):
+    """Flags of the loss, the optimizer, the loop and the machine."""
+    group = parser.add_argument_group("training")
+    add, yes_no = group.add_argument, argparse.BooleanOptionalAction
+    add("--loss", default="ce", choices=losses.LOSSES, help="loss")
+    add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
+    add("--ohem-thresh", type=float, default=0.5, help="OHEM: pixels below this probability count as hard")
+    add("--ohem-kept", type=int, default=10_000, help="OHEM: pixels of a batch kept at least")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer")
+    add("--lr", type=float, default=1e-3, help="learning rate of all but the backbone")
+    add("--backbone-lr", type=float, help="learning rate of the backbone; left out: that of the rest")
+    add("--weight-decay", type=float, default=0.05, help="not applied to biases, norms and embeddings")
+    add("--momentum", type=float, default=0.9, help="SGD only")
+    add("--schedule", default="poly", choices=SCHEDULES, help="learning rate over the steps")
+    add("--warmup", type=int, default=50, metavar="STEPS", help="linear rise of the learning rate")
+    add("--power", type=float, default=0.9, help="of poly and restarts")
+    add("--cycles", type=int, default=3, help="restarts: number of polys")
+    add("--patience", type=int, default=3, help="plateau: evaluations without a better mIoU")
+    add("--epochs", type=int, default=10, help="passes over the training split")
+    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step; the batch size stays the same")
+    add("--clip", type=float, default=0.0, help="largest gradient norm; 0: no limit")
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights, e.g. 0.999; 0: do not")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: the fastest")
+    add("--compile", action=yes_no, default=False, help="torch.compile the step")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--deterministic", action=yes_no, default=False, help="refuse operations that do not repeat bit for bit")
+    add("--eval-every", type=int, default=1, metavar="EPOCHS", help="evaluate, and keep the best by mIoU")
+    add("--save-every", type=int, default=1, metavar="EPOCHS", help="write last.pt")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
+    add("--threads", type=int, help="CPU threads; left out: PyTorch's choice")
+    add("--tensorboard", action="store_true", help="also write TensorBoard events")
+    add("--dry-run", action="store_true", help="two steps and two images of everything, to see that it works")
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    datasets.add_data_args(parser)
+    add_model_args(parser)
+    add_train_args(parser)
+    parser.add_argument("--out", default="checkpoints/train", help="folder to write to")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
+    parser.add_argument("--time-steps", type=int, metavar="N", help="only time N steps, a plain loop, the loader")
+    return parser
+
+
+# what --resume cannot change: it would be another run
+FIXED_FLAGS = """dataset size crop batch_size seed backbone head taps norm dropout fuse upsample output_stride aux
+    freeze_backbone optimizer ema amp""".split()
+
+
+def parse_args(argv):
+    """Parsed flags and, with --resume, the last.pt to go on from, whose flags stand where the command line is silent."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if not args.resume:
+        return args, None
+    path = Path(args.out) / "last.pt"
+    last = models.read_checkpoint(path)
+    if "training" not in last:
+        raise ModelError(f"{path} has no training state: it cannot be resumed")
+    known = {k: v for k, v in last["args"].items() if k in vars(args) and k not in ("out", "resume", "dry_run")}
+    parser.set_defaults(**known)
+    args = parser.parse_args(argv)
+    changed = [f"--{k.replace('_', '-')}" for k in FIXED_FLAGS if plain(getattr(args, k)) != known.get(k)]
+    if changed:
+        raise ModelError(f"--resume goes on with the run in {path}: {', '.join(changed)} cannot change now")
+    args.resume = True
+    return args, last
+
+
+def plain(value):
+    """A flag's value as a checkpoint holds it: paths as text, tuples as lists."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def open_splits(args):
+    """(training split, validation split) that the data flags describe."""
+    common = dict(root=args.data_root, size=args.size, cache=args.cache)
+    few = dict(length=max(2, args.batch_size)) if args.dry_run else {}
+    train_set = datasets.open_dataset(args.dataset, "train", **common, **few)
+    train_set.transform = datasets.train_transform(
+        train_set.info, crop=args.crop, scale=args.scale, cat_max_ratio=args.cat_max_ratio, flip=args.flip,
+        photometric=args.photometric, augment=args.augment,
+    )  # fmt: skip
+    few = dict(length=2) if args.dry_run else {}
+    return train_set, datasets.open_dataset(args.dataset, "val", **common, **few)
+
+
+def make_loss(args, train_set, out):
+    """The loss that the flags describe; counts the classes (once, with a figure) where it is weighted by them."""
+    info = train_set.info
+    counts = datasets.class_distribution(train_set)
+    if rank_and_world()[0] == 0:
+        evaluate.plot_class_distribution(counts, info.classes, info.palette, out / "class_distribution.png")
+    weight = None if args.class_weights == "none" else datasets.class_weights(counts, args.class_weights)
+    try:
+        loss = losses.make_loss(
+            args.loss, ignore_index=info.ignore_index, weight=weight, label_smoothing=args.label_smoothing,
+            ohem_thresh=args.ohem_thresh, ohem_min_kept=args.ohem_kept,
+        )  # fmt: skip
+        k = len(info.classes)
+        loss(torch.zeros(1, k, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64))  # a binary loss refuses K classes here
+    except ValueError as error:
+        raise TrainingError(f"--loss {args.loss}: {error}") from error
+    return loss
+
+
+def make_network(args, num_classes, last):
+    """The network of the flags, or of the last.pt to go on from; says where its weights come from."""
+    if last:
+        model = models.build_model(**last["build"])
+        model.load_state_dict(last["state_dict"])
+        model.pretrained = last["pretrained"] == "yes"
+        return model
+    model = models.build_model(
+        num_classes=num_classes, backbone=args.backbone, head=args.head, taps=args.taps, norm=args.norm,
+        dropout=args.dropout, fuse=args.fuse, upsample=args.upsample, output_stride=args.output_stride, aux=args.aux,
+        pretrained=args.pretrained, freeze_backbone=args.freeze_backbone,
+    )  # fmt: skip
+    if model.pretrained_error and rank_and_world()[0] == 0:
+        print(f"*** NO PRETRAINED WEIGHTS: {model.pretrained_error}", file=sys.stderr)
+        print(f"*** Training from scratch, the backbone {'frozen' if model.freeze_backbone else 'unfrozen'}. "
+              "--pretrained PATH uses a local copy.", file=sys.stderr)  # fmt: skip
+    return model
+
+
+def open_writer(args, out, rank):
+    """TensorBoard's writer where --tensorboard asks for it, else None."""
+    if not args.tensorboard or rank:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainingError("--tensorboard needs its package: pip install tensorboard") from None
+    return SummaryWriter(out)
+
+
+def time_steps(objective, train_set, args, optimizer, schedule, device, steps):
+    """Time a step of fit() against a plain loop on the same network, and the loader alone -> dict of images/s.
+
+    The two kinds of step alternate on the same batches, so that a drifting machine slows both alike; medians.
+    """
+    share = dict(batch_size=args.batch_size, seed=args.seed, start=0, stop=steps + 3)
+    loader = datasets.train_loader(train_set, workers=args.workers, **share)
+    batches = [next(iter(loader))]
+    began = time.perf_counter()
+    batches += list(loader)
+    loading = (time.perf_counter() - began) / len(batches[1:])
+    ema = Ema(objective.model, args.ema) if args.ema else None
+    amp_dtype = AMP_DTYPES[args.amp]
+
+    def ours(images, target):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * schedule(0)
+        torch.manual_seed(0)
+        images = images.to(device, memory_format=torch.channels_last)
+        train_step(objective, optimizer, images, target.to(device), amp_dtype=amp_dtype, clip=args.clip, check=float)
+        if ema:
+            ema.update(objective.model)
+
+    def plain_loop(images, target):
+        images, target = images.to(device, memory_format=torch.channels_last), target.to(device)
+        optimizer.zero_grad()
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            loss = objective.loss(objective.model(images), target)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    seconds = {ours: [], plain_loop: []}
+    objective.train()
+    for images, target in batches[1:]:
+        for step in (ours, plain_loop):
+            began = time.perf_counter()
+            step(images, target)
+            seconds[step].append(time.perf_counter() - began)
+    mine, plain_one = (sorted(s[2:])[len(s[2:]) // 2] for s in (seconds[ours], seconds[plain_loop]))
+    speeds = {
+        "loader_images_per_second": args.batch_size / loading,
+        "training_images_per_second": args.batch_size / mine,
+        "plain_images_per_second": args.batch_size / plain_one,
+        "step_ratio": mine / plain_one,
+    }
+    evaluate.print_table([{"what": k, "value": round(v, 3)} for k, v in speeds.items()])
+    return speeds
+
+
+def main(argv=None):
+    """Run the command line; returns what results.json holds."""
+    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    args, last = parse_args(argv)
+    if args.dry_run and args.out == get_parser().get_default("out"):
+        args.out = "checkpoints/dry-run/train"  # two steps must not replace a trained network
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    set_seed(args.seed, deterministic=args.deterministic)
+    with process_group(evaluate.pick_device(args.device)) as device:
+        return run(args, last, command, device)
+
+
+def run(args, last, command, device):
+    """Train, then score best.pt and write figures and results.json; see main()."""
+    rank, world = rank_and_world()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    args.amp = choose_amp(args.amp, device)
+    train_set, val_set = open_splits(args)
+    loss = make_loss(args, train_set, out)
+    model = make_network(args, len(train_set.info.classes), last).to(device, memory_format=torch.channels_last)
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    objective = Objective(model, loss.to(device), args.aux_weight)
+    backbone_lr = args.lr if args.backbone_lr is None else args.backbone_lr
+    optimizer = make_optimizer(
+        objective, args.optimizer, lr=args.lr, backbone_lr=backbone_lr, weight_decay=args.weight_decay,
+        momentum=args.momentum,
+    )  # fmt: skip
+    an_epoch = max(1, len(train_set) // args.batch_size)
+    schedule = make_schedule(
+        args.schedule, total=args.epochs * an_epoch, warmup=args.warmup, power=args.power, cycles=args.cycles,
+        patience=args.patience,
+    )  # fmt: skip
+    if rank == 0:
+        print(f"{models.model_name(model.build)} on {args.dataset}: {len(train_set)} images, {an_epoch} steps an epoch, "
+              f"{device} in {args.amp if args.amp != 'off' else 'float32'}")  # fmt: skip
+        print(models.parameter_summary(model))
+    if args.time_steps:
+        return time_steps(objective, train_set, args, optimizer, schedule, device, args.time_steps)
+
+    flags = {k: plain(v) for k, v in vars(args).items() if k not in ("resume", "time_steps")}
+    about = dict(
+        data=train_set.info.to_dict(), args=flags, pretrained="yes" if model.pretrained else "no", command=command,
+        lineage=last["lineage"] if last else [],
+    )  # fmt: skip
+
+    def save(path, **state):
+        models.save_checkpoint(path, model, **about, **state)
+
+    writer = open_writer(args, out, rank)
+    done = fit(
+        objective, train_set, val_set, optimizer=optimizer, schedule=schedule, epochs=args.epochs,
+        batch_size=args.batch_size, seed=args.seed, device=device, out_dir=out, save=save, workers=args.workers,
+        accumulate=args.accumulate, clip=args.clip, amp=args.amp, ema_decay=args.ema, eval_every=args.eval_every,
+        save_every=args.save_every, max_steps=2 if args.dry_run else None, resume=last and last["training"],
+        compile_step=args.compile, writer=writer,
+    )  # fmt: skip
+    if rank:
+        return {}
+    if writer:
+        writer.close()
+    if done["stopped"]:
+        print(f"{done['stopped']}: stopped after step {done['step']}. Go on with: python train.py --resume --out {out}")
+        return {"stopped": done["stopped"], "step": done["step"]}
+    return finish(done, val_set, out, command, device, args)
+
+
+def finish(done, val_set, out, command, device, args):
+    """Score best.pt in float32, draw the figures, print the summary -> what results.json holds."""
+    best, checkpoint = models.load_checkpoint(out / "best.pt", device=device)
+    plot_curves(done["history"], out / "curves.png")
+    metrics = evaluate.score(best, val_set, device=device, out=out, workers=args.workers)
+    common = dict(command=command, split="val", seconds=done["seconds"], device=device, path=out / "best.pt")
+    results = evaluate.results(best, checkpoint, metrics, **common)
+    speeds = [row["images_per_second"] for row in done["history"]]
+    results |= {"epochs": args.epochs, "steps": done["step"], "images_per_second": sum(speeds) / len(speeds)}
+    evaluate.write_json(out / "results.json", results)
+    keys = "model dataset pretrained params miou macc aacc boundary_iou seconds images_per_second peak_memory_mb"
+    print()
+    evaluate.print_table([{k: results[k] for k in keys.split()}])
+    print(f"best of {len(done['history'])} epochs: {out / 'best.pt'}; figures, history.csv and results.json beside it")
+    return results
+
+
+if __name__ == "__main__":
+    evaluate.run_cli(main)
