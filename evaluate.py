@@ -551,12 +551,29 @@ def pick_device(name):
     return torch.device(name)
 
 
-def inference_dtype(amp, device):
-    """--amp auto|off|bf16 -> the dtype to autocast to, or None. auto: bf16 where the device computes in it natively."""
-    if amp == "auto":
-        cpu_bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-        amp = "bf16" if (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_bf16) else "off"
-    return torch.bfloat16 if amp == "bf16" else None
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_amp(name, device):
+    """Resolve --amp (auto, off, bf16, fp16) to a key of AMP_DTYPES. auto: what multiplies matrices fastest here.
+
+    A CPU is timed for a moment: whether bfloat16 pays there depends on its instructions (AMX, AVX512-BF16).
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise ModelError("--amp fp16 needs a GPU: choose bf16, off or auto on the CPU")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    times = {}
+    for amp in ("off", "bf16"):
+        a = torch.ones(512, 512, dtype=AMP_DTYPES[amp] or torch.float32)
+        a @ a
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        times[amp] = time.perf_counter() - start
+    return "bf16" if 1.2 * times["bf16"] < times["off"] else "off"  # the casts cost something too
 
 
 def peak_memory_mb(device):
@@ -777,7 +794,7 @@ def main(argv=None):
         "flip": args.tta if args.flip is None else args.flip,
         "window": args.slide,
         "stride": args.slide_stride,
-        "amp_dtype": inference_dtype(args.amp, device),
+        "amp_dtype": AMP_DTYPES[choose_amp(args.amp, device)],
     }
     metrics, extra, split = {}, {}, args.split
     if files:

@@ -174,28 +174,6 @@ def set_seed(seed, *, deterministic=False):
         torch.backends.cudnn.benchmark = False
 
 
-def choose_amp(name, device):
-    """Resolve --amp to off, bf16 or fp16. auto: what multiplies matrices fastest on this device, timed for a moment."""
-    if name == "fp16" and device.type != "cuda":
-        raise TrainingError("--amp fp16 needs a GPU: choose bf16, off or auto on the CPU")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    times = {}
-    for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.ones(512, 512, dtype=dtype)
-        a @ a
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ a
-        times[amp] = time.perf_counter() - start
-    return "bf16" if 1.2 * times["bf16"] < times["off"] else "off"  # the casts cost something too
-
-
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def rank_and_world():
     """(rank, number of processes); (0, 1) without torch.distributed."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -287,7 +265,9 @@ class Keeper:
     `state` is what of it last.pt holds. save(path, metrics=..., training=...) writes the network as it is.
     """
 
-    def __init__(self, objective, val_set, *, optimizer, scaler, ema, out_dir, save, device, amp_dtype, workers, writer):
+    def __init__(
+        self, objective, val_set, *, optimizer, scaler, ema, out_dir, save, device, amp_dtype, workers, writer
+    ):
         self.objective, self.val_set, self.optimizer, self.scaler, self.ema = objective, val_set, optimizer, scaler, ema
         self.out_dir, self.save, self.device, self.amp_dtype, self.writer = out_dir, save, device, amp_dtype, writer
         self.rank, world = rank_and_world()
@@ -404,8 +384,8 @@ def fit(
     scaler = torch.amp.GradScaler(device.type) if amp == "fp16" else None
     ema = Ema(objective.model, ema_decay) if ema_decay else None
     keeper = Keeper(
-        objective, val_set, optimizer=optimizer, scaler=scaler, ema=ema, out_dir=Path(out_dir), save=save, device=device,
-        amp_dtype=AMP_DTYPES[amp], workers=workers, writer=writer,
+        objective, val_set, optimizer=optimizer, scaler=scaler, ema=ema, out_dir=Path(out_dir), save=save,
+        device=device, amp_dtype=evaluate.AMP_DTYPES[amp], workers=workers, writer=writer,
     )  # fmt: skip
     state = keeper.state
     if resume:
@@ -448,7 +428,7 @@ def fit(
                 optimizer,
                 images.to(device, non_blocking=True, memory_format=torch.channels_last),
                 target.to(device, non_blocking=True),
-                amp_dtype=AMP_DTYPES[amp],
+                amp_dtype=evaluate.AMP_DTYPES[amp],
                 scaler=scaler,
                 accumulate=accumulate,
                 clip=clip,
@@ -501,7 +481,11 @@ def plot_curves(history, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    panels = (("training", ("loss",), "loss"), ("schedule", ("lr",), "learning rate"), ("validation", ("miou", "aacc"), "%"))
+    panels = (
+        ("training", ("loss",), "loss"),
+        ("schedule", ("lr",), "learning rate"),
+        ("validation", ("miou", "aacc"), "%"),
+    )
     names = {"miou": "mIoU", "aacc": "aAcc"}
     for axis, (title, keys, unit) in zip(axes, panels, strict=True):
         for key in keys:
@@ -571,9 +555,7 @@ def add_train_args(parser):
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=evaluate.HelpFormatter)
     datasets.add_data_args(parser)
     add_model_args(parser)
     add_train_args(parser)
@@ -584,12 +566,12 @@ def get_parser():
 
 
 # what --resume cannot change: it would be another run
-FIXED_FLAGS = """dataset size crop batch_size seed backbone head taps norm dropout fuse upsample output_stride aux
-    freeze_backbone optimizer ema amp""".split()
+FIXED_FLAGS = ("dataset", "size", "crop", "batch_size", "seed", "backbone", "head", "taps", "norm", "dropout", "fuse",
+               "upsample", "output_stride", "aux", "freeze_backbone", "optimizer", "ema", "amp")  # fmt: skip
 
 
 def parse_args(argv):
-    """Parsed flags and, with --resume, the last.pt to go on from, whose flags stand where the command line is silent."""
+    """Parsed flags and, with --resume, the last.pt to go on from, whose flags hold where the command line is silent."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if not args.resume:
@@ -689,7 +671,7 @@ def time_steps(objective, train_set, args, optimizer, schedule, device, steps):
     batches += list(loader)
     loading = (time.perf_counter() - began) / len(batches[1:])
     ema = Ema(objective.model, args.ema) if args.ema else None
-    amp_dtype = AMP_DTYPES[args.amp]
+    amp_dtype = evaluate.AMP_DTYPES[args.amp]
 
     def ours(images, target):
         for group in optimizer.param_groups:
@@ -745,7 +727,7 @@ def run(args, last, command, device):
     rank, world = rank_and_world()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    args.amp = choose_amp(args.amp, device)
+    args.amp = evaluate.choose_amp(args.amp, device)
     train_set, val_set = open_splits(args)
     loss = make_loss(args, train_set, out)
     model = make_network(args, len(train_set.info.classes), last).to(device, memory_format=torch.channels_last)
@@ -763,8 +745,8 @@ def run(args, last, command, device):
         patience=args.patience,
     )  # fmt: skip
     if rank == 0:
-        print(f"{models.model_name(model.build)} on {args.dataset}: {len(train_set)} images, {an_epoch} steps an epoch, "
-              f"{device} in {args.amp if args.amp != 'off' else 'float32'}")  # fmt: skip
+        print(f"{models.model_name(model.build)} on {args.dataset}: {len(train_set)} images, {an_epoch} steps an epoch,",
+              f"{device} in {'float32' if args.amp == 'off' else args.amp}")  # fmt: skip
         print(models.parameter_summary(model))
     if args.time_steps:
         return time_steps(objective, train_set, args, optimizer, schedule, device, args.time_steps)

@@ -94,7 +94,9 @@ def test_bfloat16_autocast_is_finite_and_close(backbone, head):
     assert (rough.float() - exact).abs().max() < 0.15 * max(1.0, exact.abs().max().item())
 
 
-@pytest.mark.parametrize("option", [{"taps": 1}, {"norm": "group"}, {"norm": "none"}, {"fuse": False}, {"dropout": 0.0}])
+@pytest.mark.parametrize(
+    "option", [{"taps": 1}, {"norm": "group"}, {"norm": "none"}, {"fuse": False}, {"dropout": 0.0}]
+)
 @pytest.mark.parametrize("backbone", ["dinov2-tiny", "resnet18"])
 def test_ablation_flags_build_different_networks_that_run(backbone, option):
     model, plain = build(backbone, "fpn", **option), build(backbone, "fpn")

@@ -1,4 +1,4 @@
-"""Training: schedules, optimizer and average against torch's own, resume to the bit, two processes equal to one, the command line."""
+"""Training: schedules, optimizer and average against torch, resume to the bit, two processes like one, the CLI."""
 
 import csv
 import dataclasses
@@ -298,7 +298,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_files_and_spares_best(tmp_path
 # ---- resume ----
 
 
-@pytest.mark.parametrize("flags", [["--ema", "0.9"], ["--optimizer", "sgd", "--schedule", "plateau", "--patience", "1"]])
+@pytest.mark.parametrize(
+    "flags", [["--ema", "0.9"], ["--optimizer", "sgd", "--schedule", "plateau", "--patience", "1"]]
+)
 @pytest.mark.parametrize("stop_at", [3, 4])  # in the middle of an epoch, and at its end: 2 steps an epoch
 def test_a_stopped_and_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, capsys, flags, stop_at):
     flags = [*flags, "--epochs", "4"]
@@ -350,7 +352,9 @@ def one_process(rank, world, port, out, flags):
     models.BACKBONES["dinov2-tiny"] = dataclasses.replace(models.BACKBONES["dinov2-small"], numbers=numbers)
     row = dataclasses.replace(datasets.DATASETS["synthetic"], lengths={"train": 10, "val": 3, "test": 2})
     datasets.DATASETS["synthetic"] = row
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ |= dict(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+    )
     torch.set_num_threads(1)
     train.main([*SMALL, "--out", out, *flags])
 

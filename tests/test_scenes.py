@@ -4,8 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-import scene_draft
-from scene_draft import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, draw_scene
+import datasets
+from datasets import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, draw_scene
 
 K = len(CITYSCAPES_CLASSES)
 
@@ -22,16 +22,16 @@ def counts(label):
 
 def test_classes_are_cityscapes():
     assert K == len(CITYSCAPES_PALETTE) == len(set(CITYSCAPES_PALETTE)) == 19
-    names = {scene_draft.ROAD: "road", scene_draft.SIGN: "traffic sign", scene_draft.BICYCLE: "bicycle"}
+    names = {datasets.ROAD: "road", datasets.SIGN: "traffic sign", datasets.BICYCLE: "bicycle"}
     assert all(CITYSCAPES_CLASSES[k] == name for k, name in names.items())
 
 
 def test_deterministic_in_another_process():
     """Not only here: a process with another hash seed draws the same bytes."""
-    code = "import scene_draft, zlib; print([zlib.crc32(a) for a in scene_draft.draw_scene(3, 'val', 5, (64, 96))])"
+    code = "import datasets, zlib; print([zlib.crc32(a) for a in datasets.draw_scene(3, 'val', 5, (64, 96))])"
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                       cwd=scene_draft.__file__.rsplit("/", 1)[0], env={"PYTHONHASHSEED": seed}).stdout
+                       cwd=datasets.__file__.rsplit("/", 1)[0], env={"PYTHONHASHSEED": seed}).stdout
         for seed in ("1", "2")
     ]  # fmt: skip
     assert runs[0] == runs[1] != ""

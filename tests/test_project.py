@@ -1,0 +1,137 @@
+"""The repository itself: imports that run one way, lint, and README commands that work."""
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CAMVID = ROOT.parent / "shared" / "camvid"
+
+# who may import whom; compression scripts stand here before they exist, so that the rule is there when they come
+TRIO = {"models", "datasets", "losses"}
+COMPRESSION = {"distill", "quantize", "prune", "lora"}
+ALLOWED = {name: set() for name in TRIO} | {
+    "evaluate": {"models", "datasets"},
+    "train": TRIO | {"evaluate"},
+    **{name: TRIO | {"evaluate", "train"} for name in COMPRESSION},
+    "export_onnx": {"models", "datasets", "evaluate"},
+    "benchmark": {"models", "datasets", "evaluate"},
+}
+LAZY_BACK_EDGES = {"models": {"quantize", "prune", "lora"}}  # load_checkpoint() rebuilds compressed networks
+HEAVY = {"transformers", "onnx", "onnxruntime", "matplotlib", "scipy", "tensorboard"}
+
+
+def imports(path):
+    """(imported at module level, imported inside functions): first parts of module names."""
+    tree = ast.parse(path.read_text())
+    top, lazy = set(), set()
+    at_top = {id(n) for n in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {(node.module or "").split(".")[0]}
+        else:
+            continue
+        (top if id(node) in at_top else lazy).update(names)
+    return top, lazy
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.stem)
+def test_imports_run_one_way_and_heavy_packages_wait(path):
+    siblings = {p.stem for p in ROOT.glob("*.py")}
+    top, lazy = imports(path)
+    assert path.stem in ALLOWED
+    assert top & siblings <= ALLOWED[path.stem]
+    assert lazy & siblings <= ALLOWED[path.stem] | LAZY_BACK_EDGES.get(path.stem, set())
+    assert not top & HEAVY
+
+
+def test_importing_prints_nothing_and_loads_nothing_heavy():
+    names = sorted(p.stem for p in ROOT.glob("*.py"))
+    code = f"import sys, {', '.join(names)}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["lint", "format"])
+def test_ruff(command):
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_requirements_have_lower_bounds_only():
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / name).read_text().split("\n"):
+            assert not line or line == "-r requirements.txt" or re.fullmatch(r"[a-z-]+>=[\d.]+", line), line
+
+
+# ---- README ----
+
+
+def commands():
+    """Every `python script.py ...` of README's code blocks, comments cut off."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+    return list(dict.fromkeys(" ".join(line.split()) for line in lines if line.startswith("python ")))
+
+
+def test_readme_has_the_commands_and_figures_it_speaks_of():
+    assert "python train.py --head fpn" in commands()
+    assert any("--dataset camvid" in c for c in commands())
+    for figure in re.findall(r"\((assets/[^)]+)\)", README):
+        assert 0 < (ROOT / figure).stat().st_size < 200_000, figure
+    for script in ROOT.glob("*.py"):
+        assert f"`{script.name}`" in README
+
+
+def test_the_ci_script_finds_readmes_test_command():
+    pattern = re.search(r"grep -m1 -E '(.*)'", (ROOT / ".ci" / "run").read_text())[1]
+    assert re.search(pattern, README, re.MULTILINE)[0].strip().endswith(".venv/bin/python -m pytest")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with what README's commands build on: a trained network, a photo."""
+    folder = tmp_path_factory.mktemp("readme")
+    call(folder, "python train.py --head fpn --dry-run --out checkpoints/train")
+    shutil.copy(folder / "checkpoints" / "train" / "examples.png", folder / "photo.jpg")
+    return folder
+
+
+def call(folder, command):
+    _, script, *flags = shlex.split(command)
+    command = [sys.executable, str(ROOT / script), *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_readme_command(command, workplace):
+    if "camvid" in command.lower():
+        if not CAMVID.exists():
+            pytest.skip("CamVid is not here")
+        command = command.replace("--data-root CamVid", f"--data-root {CAMVID}")
+        camvid = workplace / "checkpoints" / "camvid" / "best.pt"
+        if "evaluate.py" in command and not camvid.exists():
+            flags = f"--dataset camvid --data-root {CAMVID} --backbone resnet18 --head unet"
+            call(workplace, f"python train.py {flags} --dry-run --out checkpoints/camvid")
+    dry = "" if "--time-steps" in command else "--dry-run"
+    done = call(workplace, f"{re.sub('--time-steps [0-9]+', '--time-steps 3', command)} {dry}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_is_one_line_with_status_2(workplace):
+    done = call(workplace, "python evaluate.py --weights nothing.pt")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: no checkpoint at nothing.pt")
+    assert "Traceback" not in done.stderr
