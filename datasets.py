@@ -200,7 +200,8 @@ def spare_colour(index):
 class Row:
     """One data set. Sizes are (H, W) in pixels."""
 
-    crop: tuple[int, int]  # default training crop
+    crop: tuple[int, int] | None = None  # default training crop; None: the whole image, at `size`
+    scale: tuple[float, float] = (0.5, 2.0)  # default range of the random scale
     layout: str = ""  # for messages
     where: str = ""  # where to get it, for messages
     classes: tuple[str, ...] = ()  # empty: read from root/classes.txt
@@ -248,10 +249,10 @@ DATASETS = {
     "synthetic": Row(
         classes=tuple(CITYSCAPES_CLASSES),
         palette=tuple(CITYSCAPES_PALETTE),
-        size=(256, 512),
-        crop=(192, 256),
+        size=(168, 336),
+        scale=(1.0, 1.0),  # the scenes vary in scale by themselves
         lengths={"train": 1000, "val": 100, "test": 100},
-        cache=True,  # train at 256 x 512: 0.5 GB
+        cache=True,  # train: 0.2 GB
     ),
     "camvid": Row(
         classes=tuple(CAMVID),
@@ -395,10 +396,11 @@ def one_thread():
 def train_transform(info, *, crop, scale, cat_max_ratio, flip, photometric, augment=True):
     """Random scale and crop, flip, colours: (image, mask) -> float32 (3, *crop), int64 crop.
 
-    crop: (H, W), None for the table's default.  scale: (lowest, highest).  cat_max_ratio: see RandomScaleCrop.
+    crop: (H, W), scale: (lowest, highest), None for the table's defaults.  cat_max_ratio: see RandomScaleCrop.
     flip: probability.  augment=False: the centre crop at scale 1 and nothing random.
     """
-    crop = tuple(crop or DATASETS[info.name].crop)
+    row = DATASETS[info.name]
+    crop, scale = tuple(crop or row.crop or info.size), scale or row.scale
     cut = RandomScaleCrop(
         crop,
         scale=scale if augment else (1.0, 1.0),
@@ -707,8 +709,8 @@ def add_data_args(parser):
     add("--workers", type=count, default=2, metavar="N", help="loader processes; 0: load in the main process")
     add("--cache", action=yes_no, help="keep decoded images in memory; None: where the data set is small")
     add("--augment", action=yes_no, default=True, help="all random changes of training images")
-    add("--scale", nargs=2, type=positive_float, action=OrderedPair, default=(0.5, 2.0), metavar=("MIN", "MAX"),
-        help="range of the random scale")  # fmt: skip
+    add("--scale", nargs=2, type=positive_float, action=OrderedPair, metavar=("MIN", "MAX"),
+        help="range of the random scale; None: the data set's own, mostly 0.5 2")  # fmt: skip
     add("--cat-max-ratio", type=share, default=0.75, metavar="R",
         help="redraw a crop in which one class has more than this share; 1: never")  # fmt: skip
     add("--flip", type=probability, default=0.5, metavar="P", help="probability of a horizontal flip")
@@ -725,16 +727,17 @@ VOID = 255
 # Colours overlap between classes on purpose: a network has to use shape and place.
 SKIES = (  # top, bottom (also the colour of the haze), brightness of the scene
     ((88, 138, 205), (190, 212, 232), 1.05), ((128, 164, 208), (222, 228, 230), 1.0),
-    ((168, 178, 190), (218, 220, 220), 0.9), ((138, 144, 152), (182, 186, 188), 0.78),
-    ((196, 200, 204), (240, 240, 238), 1.0), ((92, 100, 140), (226, 176, 140), 0.72),
-    ((60, 74, 108), (150, 140, 152), 0.68),
+    ((168, 178, 190), (218, 220, 220), 0.94), ((138, 146, 158), (186, 192, 198), 0.86),
+    ((196, 202, 210), (236, 238, 240), 1.0), ((100, 112, 156), (226, 182, 150), 0.84),
+    ((72, 88, 128), (150, 146, 164), 0.8),
 )  # fmt: skip
 DARK, METAL, CREAM, WHITE = (26, 26, 30), (126, 128, 132), (226, 222, 200), (226, 226, 222)
 GREYS = ((92, 92, 94), (112, 110, 108), (128, 126, 122), (146, 140, 132), (100, 104, 110))
-PAVING = (*GREYS, (168, 160, 150), (150, 128, 114), (176, 168, 152), (140, 140, 142))
+ASPHALT = ((74, 74, 78), (88, 88, 90), (98, 97, 96), (110, 108, 106), (84, 87, 93))
+PAVING = ((140, 140, 142), (168, 160, 150), (150, 128, 114), (176, 168, 152), (158, 150, 146), (122, 120, 118))
 FACADES = (
-    *PAVING, (202, 188, 160), (178, 152, 120), (150, 92, 74), (214, 208, 198), (196, 166, 110), (120, 84, 70),
-    (158, 168, 172), (92, 88, 90), (206, 178, 160), (134, 146, 128), (116, 130, 150), (226, 222, 214),
+    (202, 188, 160), (178, 152, 120), (150, 92, 74), (214, 208, 198), (196, 166, 110), (120, 84, 70), (206, 178, 160),
+    (226, 222, 214), (168, 120, 96), (186, 166, 146), (158, 148, 140), (140, 112, 92),
 )  # fmt: skip
 PAINTS = (
     *GREYS, (28, 28, 32), (44, 46, 52), (66, 68, 74), (226, 226, 226), (200, 202, 206), (176, 180, 184),
@@ -742,10 +745,10 @@ PAINTS = (
     (204, 104, 44), (98, 30, 44),
 )  # fmt: skip
 LEAVES = (
-    (62, 92, 44), (84, 112, 52), (44, 70, 40), (104, 118, 58), (74, 84, 50), (130, 112, 54), (122, 84, 50),
-    (96, 92, 66),
+    (62, 92, 44), (84, 112, 52), (44, 70, 40), (104, 118, 58), (74, 88, 50), (118, 122, 56), (106, 100, 48),
+    (92, 98, 60),
 )  # fmt: skip
-GRASSES = ((98, 122, 62), (124, 132, 76), (78, 104, 56), (140, 124, 88), (116, 100, 78), (150, 142, 98))
+GRASSES = ((98, 122, 62), (124, 132, 76), (78, 104, 56), (138, 132, 84), (112, 116, 66), (146, 146, 94))
 BARKS = ((78, 66, 54), (96, 84, 72), (60, 54, 50))
 ROOFS = ((110, 62, 50), (72, 66, 66), (92, 84, 80), (128, 78, 60))
 PANES = ((52, 62, 74), (84, 92, 100), (38, 40, 46), (110, 124, 138))
@@ -777,22 +780,22 @@ DRAWINGS = {
     "rider": """line rider legs- 16 -18,95 24,72 2,38 14,38; line rider legs 16 -18,95 20,60 -4,18 10,18;
         line rider top 36 -20,90 5,146; line rider top- 12 5,140 20,114 36,108; disc rider paint 12,164 13,16;
         disc - skin 16,159 8,8""",
-    "lamp": "line pole steel 16 0,0 0,700 140,720; line pole white 20 100,715 170,725",
-    "bollard": "line pole paint 15 0,0 0,95; line - white 15 0,72 0,85",
-    "disc sign": """line pole steel 9 0,0 0,250; disc sign sign 0,250 42,42; disc - inner 0,250 31,31;
+    "lamp": "line pole steel 28 0,0 0,700 140,720; line pole white 28 100,715 170,725",
+    "bollard": "line pole paint 20 0,0 0,95; line - white 20 0,72 0,85",
+    "disc sign": """line pole steel 15 0,0 0,250; disc sign sign 0,250 42,42; disc - inner 0,250 31,31;
         line - sign 12 -20,250 20,250""",
-    "triangle sign": """line pole steel 9 0,0 0,250; poly sign sign -48,215 48,215 0,298;
+    "triangle sign": """line pole steel 15 0,0 0,250; poly sign sign -48,215 48,215 0,298;
         poly - inner -28,225 28,225 0,276; line - dark 10 0,230 0,255""",
-    "diamond sign": """line pole steel 9 0,0 0,220; poly sign sign -50,250 0,300 50,250 0,200;
+    "diamond sign": """line pole steel 15 0,0 0,220; poly sign sign -50,250 0,300 50,250 0,200;
         poly - inner -34,250 0,284 34,250 0,216""",
-    "board sign": """line pole steel 9 0,0 0,280; poly sign sign -35,190 -35,290 35,290 35,190;
+    "board sign": """line pole steel 15 0,0 0,280; poly sign sign -35,190 -35,290 35,290 35,190;
         poly - inner -20,230 -20,275 20,275 20,230; line - white 8 -25,205 25,205""",
-    "large sign": """line pole steel 10 -70,0 -70,260; line pole steel 10 70,0 70,260;
+    "large sign": """line pole steel 16 -70,0 -70,260; line pole steel 16 70,0 70,260;
         poly sign sign -130,190 -130,320 130,320 130,190; line - inner 20 -100,285 60,285;
         line - inner 20 -100,235 10,235""",
-    "signal": """line pole steel 14 0,0 0,260; poly light dark -22,230 -22,340 22,340 22,230; disc - metal- 0,320 13,13;
+    "signal": """line pole steel 20 0,0 0,260; poly light dark -22,230 -22,340 22,340 22,230; disc - metal- 0,320 13,13;
         disc - lamp 0,285 13,13; disc - metal- 0,250 13,13""",
-    "mast signal": """line pole steel 16 0,0 0,570 320,590; poly light dark 298,460 298,570 342,570 342,460;
+    "mast signal": """line pole steel 22 0,0 0,570 320,590; poly light dark 298,460 298,570 342,570 342,460;
         disc - lamp 320,550 13,13; disc - metal- 320,515 13,13; disc - metal- 320,480 13,13;
         poly light dark -22,230 -22,340 22,340 22,230; disc - lamp 0,320 13,13; disc - metal- 0,285 13,13""",
     "bin": "poly void paint -40,0 -45,110 45,110 40,0; line void paint- 14 -50,110 50,110",
@@ -1187,13 +1190,13 @@ def plan_scene(rng: random.Random) -> Scene:
     left = -(n - 0.5) * lane + rng.uniform(-0.4, 0.4)  # we drive near the middle of the right lane
     road = left - 2.3 * parking[0], left + n * lane + 2.3 * parking[1]
     verge = tuple(rng.uniform(1, 4) if rng.random() < style[3] else 0 for _ in range(2))
-    at = rng.uniform(10, 34) if rng.random() < 0.5 else 1000
+    at = rng.uniform(9, 24) if rng.random() < 0.5 else 1000
     return Scene(
-        focal=rng.uniform(1.15, 1.7), eye=rng.uniform(1.2, 1.9), horizon=rng.uniform(0.36, 0.5),
+        focal=rng.uniform(1.3, 1.8), eye=rng.uniform(1.2, 1.9), horizon=rng.uniform(0.36, 0.5),
         vanish=rng.uniform(0.38, 0.62), curve=rng.choice((0, 0, rng.uniform(-0.0018, 0.0018))),
         sky=rng.choice(SKIES[:3] if sunny else SKIES), haze=rng.uniform(110, 400),
         sun=rng.uniform(0.25, 1) * rng.choice((-1, 1)) if sunny else 0, leaves=LEAVES[season : season + 4],
-        ground=(pick(rng, GREYS), pick(rng, PAVING), pick(rng, GRASSES)), style=style, lane=lane,
+        ground=(pick(rng, ASPHALT), pick(rng, PAVING), pick(rng, GRASSES)), style=style, lane=lane,
         lanes=tuple((left + (i + 0.5) * lane, -1 if i < n // 2 else 1) for i in range(n)), road=road,
         parking=parking, verge=verge, crossing=(at, at + rng.uniform(7, 13)), tram=rng.random() < 0.1,
         front=(road[0] - verge[0] - rng.uniform(1.5, 4.5), road[1] + verge[1] + rng.uniform(1.5, 4.5)),
@@ -1262,7 +1265,7 @@ def plan_person(rng: random.Random, x: float, z: float) -> Thing:
 
 def plan_two_wheeler(rng: random.Random, x: float, z: float, turn: float, ridden: bool) -> Thing:
     names = ("motorcycle" if rng.random() < 0.4 else "bicycle",) + ("rider",) * ridden
-    size, way = rng.uniform(0.95, 1.1), rng.choice((-1, 1))
+    size, way = rng.uniform(1.0, 1.2), rng.choice((-1, 1))
     return plan_figure(x, z, *names, size=size, turn=turn * way, half=0.2 + 0.7 * turn)
 
 
@@ -1275,7 +1278,7 @@ def plan_vehicle(kind: str, x: float, z: float, way: int, across: bool = False) 
 def plan_traffic(rng: random.Random, scene: Scene) -> list[Thing]:
     """Vehicles and riders in the lanes, rows of parked cars, and what crosses in the side street."""
     things, (cross0, cross1) = [], scene.crossing
-    large = [kind for kind, p in (("bus", 0.12), ("truck", 0.09), ("pickup", 0.06)) if rng.random() < p]
+    large = [kind for kind, p in (("bus", 0.16), ("truck", 0.12), ("pickup", 0.08)) if rng.random() < p]
     rows = [(x, way, rng.choice((8, 20, 45)), False) for x, way in scene.lanes]
     rows += [(scene.road[i] - side * 1.15, side, 1.5, True) for i, side in enumerate((-1, 1)) if scene.parking[i]]
     for i, (x, way, gap, parked) in enumerate(rows):
@@ -1283,11 +1286,11 @@ def plan_traffic(rng: random.Random, scene: Scene) -> list[Thing]:
         if scene.tram and i == len(scene.lanes) - 2:
             things.append(plan_vehicle("train", x, z + 4, way))
             continue
-        while z < 95:
-            kind = large.pop() if large and not parked and 5 < z < 22 else rng.choice(CARS)
+        while z < 45:
+            kind = large.pop() if large and not parked and 4 < z < 16 else rng.choice(CARS)
             end = z + VEHICLES[kind].length
             if z > cross1 + 1 or end < cross0 - 4:
-                if not parked and z < 30 and rng.random() < 0.25:
+                if not parked and z < 18 and rng.random() < 0.3:
                     at = x + rng.uniform(-0.8, 0.8)
                     things.append(plan_two_wheeler(rng, at, z + 1, rng.uniform(0.15, 0.5), True))
                     end = z + 2
@@ -1304,21 +1307,21 @@ def plan_sidewalk(rng: random.Random, scene: Scene, i: int, side: int) -> list[T
     """Trees, poles, signs, people, parked bicycles and clutter on one side of the street."""
     things, kerb, dense = [], scene.road[i] + side * 0.5, scene.style[4] * rng.choice((0.3, 1, 1.6))
     walk = kerb + side * scene.verge[i], scene.front[i] - side * 0.4
-    for z in every(rng, 9, 26, 90):
+    for z in every(rng, 9, 26, 45):
         things.append(plan_figure(kerb, z, "lamp", size=rng.uniform(0.7, 1.3), turn=-side, half=0.08))
-    for z in every(rng, 6 / dense, 16 / dense, 80):
-        things.append(plan_tree(kerb + side * scene.verge[i] / 2, z, rng.uniform(4, 10)))
-    for z in every(rng, 9, 26, 60, start=6):
+    for z in every(rng, 8 / dense, 20 / dense, 50):
+        things.append(plan_tree(kerb + side * scene.verge[i] / 2, z, rng.uniform(5, 11)))
+    for z in every(rng, 8, 22, 30, start=5):
         name, x = rng.choice(SIGNS), kerb + side * rng.uniform(0, 0.5)
         far = z + 8 * (name == "large sign")
-        things.append(plan_figure(x, far, name, size=rng.uniform(0.9, 1.2), half=0.3))
+        things.append(plan_figure(x, far, name, size=rng.uniform(1.2, 1.7), half=0.3))
     if rng.random() < 0.2:
         things += [plan_figure(kerb, z, "bollard", half=0.08) for z in every(rng, 1.9, 2.1, 30)]
-    for z in every(rng, 2, 16, 50):
+    for z in every(rng, 2, 12, 24):
         crowd = rng.choice((1, 1, 2, 3))
         things += [plan_person(rng, rng.uniform(*walk), z + rng.uniform(0, 1.5)) for _ in range(crowd)]
     if rng.random() < 0.4:
-        z, x = rng.uniform(4.5, 14), walk[1] - side * rng.uniform(0.3, 0.8)
+        z, x = rng.uniform(4.5, 9), walk[1] - side * rng.uniform(0.3, 0.8)
         things += [plan_two_wheeler(rng, x, z + 0.9 * k, rng.uniform(0.5, 1), False) for k in range(rng.randint(1, 4))]
     if rng.random() < 0.5:
         things.append(plan_figure(walk[1] - side * 0.2, rng.uniform(5, 25), rng.choice(("bin", "heap")), half=0.5))
@@ -1335,7 +1338,7 @@ def plan_crossing(rng: random.Random, scene: Scene) -> list[Thing]:
     for i, side in enumerate((-1, 1)):
         if rng.random() < 0.85:
             name = rng.choice(("signal", "signal", "mast signal"))
-            x, size = scene.road[i] + side * 0.5, rng.uniform(1, 1.25)
+            x, size = scene.road[i] + side * 0.5, rng.uniform(1.3, 1.7)
             things.append(plan_figure(x, z - 1, name, size=size, turn=-side, half=0.1))
     for _ in range(rng.choice((0, 1, 2, 4))):
         things.append(plan_person(rng, rng.uniform(*scene.road), z + rng.uniform(-0.5, 0.9)))
@@ -1486,13 +1489,13 @@ def develop(c: Canvas, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
     label, image = np.array(c.label), c.image
     if rng.random() < 0.4:
         image = image.filter(ImageFilter.BoxBlur(rng.uniform(0.1, 0.5) * c.height / 256))
-    exposure, contrast = c.scene.sky[2] * rng.uniform(0.85, 1.15), rng.uniform(0.85, 1.15)
-    gains = [exposure * rng.uniform(0.93, 1.07) for _ in range(3)]
+    exposure, contrast = c.scene.sky[2] * rng.uniform(0.9, 1.1), rng.uniform(0.9, 1.1)
+    gains = [exposure * rng.uniform(0.95, 1.05) for _ in range(3)]
     tones = [int((118 + (v - 118) * contrast) * gain) for gain in gains for v in range(256)]
     image = image.point([min(255, max(0, v)) for v in tones])
     texture = noise_image(rng, 128, 256, label.shape) + 0.7 * noise_image(rng, 24, 48, label.shape)
     sensor = np.random.default_rng(rng.getrandbits(64)).random(label.shape, np.float32) - 0.5
-    grain = texture * (ROUGHNESS * rng.uniform(0.3, 0.7)).take(label) + sensor * rng.uniform(4, 20) + 128
+    grain = texture * (ROUGHNESS * rng.uniform(0.3, 0.6)).take(label) + sensor * rng.uniform(2, 12) + 128
     grain = Image.fromarray(grain.clip(0, 255).astype(np.uint8))
     return np.array(ImageChops.add(image, Image.merge("RGB", (grain,) * 3), offset=-128)), label
 

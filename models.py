@@ -147,12 +147,29 @@ def _build_dinov2(row, taps, _output_stride, load):
     layers = numbers["num_hidden_layers"]
     out = [layers * (i + 1) // 4 for i in range(4)][-taps:]  # e.g. after layers 3, 6, 9 and 12
     config = Dinov2Config(**numbers, image_size=518, patch_size=14, out_indices=out)
+
+    def scratch():
+        body = Dinov2Backbone(config)
+        with torch.no_grad():  # the class token's place stays near zero
+            body.embeddings.position_embeddings[0, 1:] = _sincos(37, numbers["hidden_size"])
+        return body
+
     body, loaded = load(
-        scratch=lambda: Dinov2Backbone(config),
+        scratch=scratch,
         local=lambda path: _load_transformers(Dinov2Backbone, path, numbers, out),
         hub=lambda offline: Dinov2Backbone.from_pretrained(row.weights, out_indices=out, local_files_only=offline),
     )
     return Dinov2(body, numbers["hidden_size"], taps), loaded
+
+
+def _sincos(grid, width):
+    """Sines and cosines of row and column at width / 4 frequencies (Beyer et al. 2022, section 2) -> (grid^2, width).
+
+    A transformer that starts from scratch is told where each patch is, in place of having to find out.
+    """
+    angles = torch.arange(grid)[:, None] / 10_000 ** torch.linspace(0, 1, width // 4)  # (grid, width / 4)
+    waves = torch.cat([angles.sin(), angles.cos()], 1)  # (grid, width / 2)
+    return torch.cat([waves.repeat_interleave(grid, 0), waves.repeat(grid, 1)], 1)
 
 
 def _load_transformers(cls, path, numbers, out):

@@ -58,11 +58,11 @@ class Objective(nn.Module):
         self.model, self.loss, self.aux_weight = model, loss, aux_weight
 
     def forward(self, images, target):
-        first, *others = self.model.predictions(self.model.encode(images))
-        loss = self.loss(self.model.resize(first.float(), target.shape[-2:]), target)
-        for logits in others:
-            loss = loss + self.aux_weight * self.loss(self.model.resize(logits.float(), target.shape[-2:]), target)
-        return loss
+        outputs = self.model.predictions(self.model.encode(images))
+        # contiguous: in channels_last, what the network computes in, the softmax over K classes is slower on a CPU
+        logits = [self.model.resize(x.float().contiguous(), target.shape[-2:]) for x in outputs]
+        first, *others = (self.loss(x, target) for x in logits)
+        return first + self.aux_weight * sum(others)
 
 
 # ---- optimizer, learning rate, weight average -----------------------------------------------------------------------
@@ -290,7 +290,8 @@ class Keeper:
         if self.scaler:
             self.scaler.load_state_dict(training["scaler"])
         if self.ema:
-            self.ema.updates, self.ema.shadow = training["ema"]["updates"], training["ema"]["shadow"]
+            self.ema.updates = training["ema"]["updates"]
+            self.ema.shadow = {k: v.to(self.device) for k, v in training["ema"]["shadow"].items()}
 
     def save_last(self):
         if self.rank:
@@ -540,7 +541,7 @@ def add_train_args(parser):
     add("--patience", type=int, default=3, help="plateau: evaluations without a better mIoU")
     add("--epochs", type=int, default=10, help="passes over the training split")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step; the batch size stays the same")
-    add("--clip", type=float, default=0.0, help="largest gradient norm; 0: no limit")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights, e.g. 0.999; 0: do not")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: the fastest")
     add("--compile", action=yes_no, default=False, help="torch.compile the step")
