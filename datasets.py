@@ -7,6 +7,8 @@
     loader = train_loader(data, batch_size=8, start=0, stop=1000, seed=0, workers=2)   # one iterator for the whole run
     images, targets = next(iter(loader))     # float (8, 3, 192, 256) normalised, int64 (8, 192, 256), 255 = ignore
 
+    python datasets.py --size 256 512        # look at one: checkpoints/data.png shows eight scenes and their labels
+
 A new data set is one row of DATASETS and one short function that pairs image and mask files. Everything a user can get
 wrong (a path, a file, a mask value) raises DataError, one line that names the file and the value.
 
@@ -718,6 +720,43 @@ def add_data_args(parser):
     add("--class-weights", choices=CLASS_WEIGHTS, default="none", help="weights of the loss, from pixel counts")
 
 
+def contact_sheet(dataset, count=8, columns=2, width=1024):
+    """The first `count` images of a data set, each with its label beside it -> PIL image `width` pixels wide."""
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(dataset.info.palette)] = dataset.info.palette
+    cells = []
+    for i in range(min(count, len(dataset))):
+        image, mask = dataset.raw(i)
+        pair = Image.fromarray(np.hstack([image.permute(1, 2, 0).numpy(), palette[mask.numpy()]]))
+        cell = width // columns
+        cells.append(pair.resize((cell, round(pair.height * cell / pair.width)), Image.Resampling.LANCZOS))
+    rows = -(-len(cells) // columns)
+    high = max(cell.height for cell in cells)
+    sheet = Image.new("RGB", (width, rows * high), "white")
+    for i, cell in enumerate(cells):
+        sheet.paste(cell, (i % columns * (width // columns), i // columns * high))
+    return sheet
+
+
+def main(argv=None):
+    """Look at a data set: a PNG of its first images and labels."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    add_data_args(parser)
+    parser.add_argument("--split", default="train", help="split to show")
+    parser.add_argument("--count", type=positive_int, default=8, help="images to show")
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/data.png"), help="PNG to write")
+    parser.add_argument("--dry-run", action="store_true", help="two images")
+    args = parser.parse_args(argv)
+    try:
+        dataset = open_dataset(args.dataset, args.split, root=args.data_root, size=args.size, cache=False)
+        sheet = contact_sheet(dataset, 2 if args.dry_run else args.count)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.quantize(64).save(args.out, optimize=True)
+    except (DataError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"wrote {args.out}: {args.dataset}/{args.split}, {len(dataset)} images, {len(dataset.info.classes)} classes")
+
+
 # ---- synthetic scenes: tables ---------------------------------------------------------------------------------------
 
 (ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN,
@@ -1279,7 +1318,7 @@ def plan_traffic(rng: random.Random, scene: Scene) -> list[Thing]:
     """Vehicles and riders in the lanes, rows of parked cars, and what crosses in the side street."""
     things, (cross0, cross1) = [], scene.crossing
     large = [kind for kind, p in (("bus", 0.16), ("truck", 0.12), ("pickup", 0.08)) if rng.random() < p]
-    rows = [(x, way, rng.choice((8, 20, 45)), False) for x, way in scene.lanes]
+    rows = [(x, way, rng.choice((12, 25, 50)), False) for x, way in scene.lanes]
     rows += [(scene.road[i] - side * 1.15, side, 1.5, True) for i, side in enumerate((-1, 1)) if scene.parking[i]]
     for i, (x, way, gap, parked) in enumerate(rows):
         z = rng.uniform(3, 18) + 7 * (abs(x) < 2)
@@ -1305,9 +1344,9 @@ def plan_traffic(rng: random.Random, scene: Scene) -> list[Thing]:
 
 def plan_sidewalk(rng: random.Random, scene: Scene, i: int, side: int) -> list[Thing]:
     """Trees, poles, signs, people, parked bicycles and clutter on one side of the street."""
-    things, kerb, dense = [], scene.road[i] + side * 0.5, scene.style[4] * rng.choice((0.3, 1, 1.6))
+    things, kerb, dense = [], scene.road[i] + side * 0.5, scene.style[4] * rng.choice((0.3, 0.8, 1.2))
     walk = kerb + side * scene.verge[i], scene.front[i] - side * 0.4
-    for z in every(rng, 9, 26, 45):
+    for z in every(rng, 12, 30, 45):
         things.append(plan_figure(kerb, z, "lamp", size=rng.uniform(0.7, 1.3), turn=-side, half=0.08))
     for z in every(rng, 8 / dense, 20 / dense, 50):
         things.append(plan_tree(kerb + side * scene.verge[i] / 2, z, rng.uniform(5, 11)))
@@ -1469,7 +1508,7 @@ def paint_order(c: Canvas, things: list[Thing]) -> list[int]:
 
 def draw_void(c: Canvas, rng: random.Random):
     """Wires over the street and the bonnet of our own car."""
-    for _ in range(rng.choice((0, 0, 0, 1, 3))):
+    for _ in range(rng.choice((0, 0, 0, 0, 1))):
         z, y = rng.uniform(8, 30), rng.uniform(5.5, 8)
         c.line([(-12, y, z), (0, y - 0.6, z), (12, y, z)], 0.03, DARK, VOID)
     if rng.random() < 0.35:
@@ -1522,3 +1561,7 @@ def draw_scene(seed: int, split: str, index: int, size: tuple[int, int]) -> tupl
         things[i].draw(canvas, random.Random(seeds[i]), things[i])
     draw_void(canvas, rng)
     return develop(canvas, rng)
+
+
+if __name__ == "__main__":
+    main()

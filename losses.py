@@ -115,13 +115,16 @@ def ohem_cross_entropy(logits, target, *, thresh, min_kept, ignore_index=255, we
 
 def _dice_per_class(logits, target, ignore_index):
     """1 - Dice of each class over the batch (K,), 0 for classes not in the target, and which are in it (K,) bool."""
-    valid = (target != ignore_index).unsqueeze(1)  # (N, 1, H, W)
-    classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
-    y = (target.unsqueeze(1) == classes) & valid  # one-hot (N, K, H, W) of one byte an element
-    p = logits.softmax(1) * valid  # masked like y: a probability at an ignored pixel is no false positive
-    overlap, pixels = (p * y).sum((0, 2, 3)), y.sum((0, 2, 3))
+    valid = target != ignore_index  # masks p like y: a probability at an ignored pixel is no false positive
+    log_p, k = logits.log_softmax(1), logits.shape[1]
+    total = (log_p.exp() * valid.unsqueeze(1)).sum((0, 2, 3))  # (K,): sum p
+    # sum(p y) without a one-hot (N, K, H, W): the true class's p, added up by class
+    true_p = (-F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="none")).exp() * valid  # (N, H, W)
+    classes = target.where(valid, 0).flatten()
+    overlap = total.new_zeros(k).index_add(0, classes, true_p.flatten())
+    pixels = total.new_zeros(k).index_add(0, classes, valid.to(total.dtype).flatten())
     # A class in the target has pixels >= 1, so the clamp moves only absent ones and no smoothing term is needed.
-    dice = 2 * overlap / (p.sum((0, 2, 3)) + pixels).clamp(min=1)
+    dice = 2 * overlap / (total + pixels).clamp(min=1)
     present = pixels > 0
     return (1 - dice) * present, present
 

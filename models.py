@@ -150,8 +150,8 @@ def _build_dinov2(row, taps, _output_stride, load):
 
     def scratch():
         body = Dinov2Backbone(config)
-        with torch.no_grad():  # the class token's place stays near zero
-            body.embeddings.position_embeddings[0, 1:] = _sincos(37, numbers["hidden_size"])
+        with torch.no_grad():
+            _start_transformer(body, numbers["hidden_size"], numbers["num_attention_heads"])
         return body
 
     body, loaded = load(
@@ -162,14 +162,25 @@ def _build_dinov2(row, taps, _output_stride, load):
     return Dinov2(body, numbers["hidden_size"], taps), loaded
 
 
-def _sincos(grid, width):
-    """Sines and cosines of row and column at width / 4 frequencies (Beyer et al. 2022, section 2) -> (grid^2, width).
+def _start_transformer(body, width, heads):
+    """First weights of a DINOv2 that learns from scratch: what pre-training would have to find out anyway.
 
-    A transformer that starts from scratch is told where each patch is, in place of having to find out.
+    Positions are sines and cosines of row and column (Beyer et al. 2022, section 2), of up to 4 periods an image, so
+    that they survive interpolation to small grids. Attention starts as in mimetic initialization (Trockman and Kolter
+    2023, section 4): queries equal keys, so patches look at their like, and what they bring back is subtracted.
     """
-    angles = torch.arange(grid)[:, None] / 10_000 ** torch.linspace(0, 1, width // 4)  # (grid, width / 4)
-    waves = torch.cat([angles.sin(), angles.cos()], 1)  # (grid, width / 2)
-    return torch.cat([waves.repeat_interleave(grid, 0), waves.repeat(grid, 1)], 1)
+    place = torch.arange(37)[:, None] / 37 * 2 * math.pi * torch.logspace(-2, 2, width // 4, base=2)  # (37, width / 4)
+    waves = torch.cat([place.sin(), place.cos()], 1)  # (37, width / 2)
+    grid = torch.cat([waves.repeat_interleave(37, 0), waves.repeat(37, 1)], 1)  # (37 * 37, width)
+    body.embeddings.position_embeddings[0, 1:] = grid
+    for layer in body.encoder.layer:
+        attention = layer.attention
+        q = torch.nn.init.orthogonal_(torch.empty(width, width)) * 0.7**0.5
+        attention.q_proj.weight.copy_(q)
+        attention.k_proj.weight.copy_(q)
+        v = torch.nn.init.orthogonal_(torch.empty(width, width)) * 0.4**0.5
+        attention.v_proj.weight.copy_(v)
+        attention.o_proj.weight.copy_(-v.mT)
 
 
 def _load_transformers(cls, path, numbers, out):
@@ -706,9 +717,10 @@ def read_checkpoint(path, *, device="cpu"):
 def load_checkpoint(path, *, device="cpu"):
     """(network in eval mode, checkpoint dict) of a file that save_checkpoint() wrote; every tensor must match."""
     checkpoint = read_checkpoint(path, device=device)
-    model = build_model(**checkpoint["build"])
+    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+        model = build_model(**checkpoint["build"])
     try:
-        model.load_state_dict(checkpoint["state_dict"])
+        model.load_state_dict(checkpoint["state_dict"], assign=True)
     except RuntimeError as error:
         line = " ".join(str(error).split())[:300]
         raise ModelError(f"{path} does not fit the network it describes, {model_name(model.build)}: {line}") from error

@@ -18,6 +18,7 @@ import csv
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -714,8 +715,11 @@ def main(argv=None):
     """Run the command line; returns what results.json holds."""
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     args, last = parse_args(argv)
-    if args.dry_run and args.out == get_parser().get_default("out"):
-        args.out = "checkpoints/dry-run/train"  # two steps must not replace a trained network
+    if args.dry_run and args.out == get_parser().get_default("out"):  # two steps must not replace a trained network
+        source, args.out = Path(args.out), "checkpoints/dry-run/train"
+        if last:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / "best.pt", args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
     set_seed(args.seed, deterministic=args.deterministic)
@@ -746,8 +750,9 @@ def run(args, last, command, device):
         patience=args.patience,
     )  # fmt: skip
     if rank == 0:
-        print(f"{models.model_name(model.build)} on {args.dataset}: {len(train_set)} images, {an_epoch} steps an epoch,",
-              f"{device} in {'float32' if args.amp == 'off' else args.amp}")  # fmt: skip
+        precision = "float32" if args.amp == "off" else args.amp
+        print(f"{models.model_name(model.build)} on {args.dataset} ({device}, {precision}): "
+              f"{len(train_set)} images, {an_epoch} steps an epoch")  # fmt: skip
         print(models.parameter_summary(model))
     if args.time_steps:
         return time_steps(objective, train_set, args, optimizer, schedule, device, args.time_steps)
@@ -762,11 +767,12 @@ def run(args, last, command, device):
         models.save_checkpoint(path, model, **about, **state)
 
     writer = open_writer(args, out, rank)
+    step = last["training"]["step"] if last else 0
     done = fit(
         objective, train_set, val_set, optimizer=optimizer, schedule=schedule, epochs=args.epochs,
         batch_size=args.batch_size, seed=args.seed, device=device, out_dir=out, save=save, workers=args.workers,
         accumulate=args.accumulate, clip=args.clip, amp=args.amp, ema_decay=args.ema, eval_every=args.eval_every,
-        save_every=args.save_every, max_steps=2 if args.dry_run else None, resume=last and last["training"],
+        save_every=args.save_every, max_steps=step + 2 if args.dry_run else None, resume=last and last["training"],
         compile_step=args.compile, writer=writer,
     )  # fmt: skip
     if rank:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 import datasets
 from datasets import DataError, DataInfo, RandomScaleCrop, StepSampler, open_dataset
 
-CAMVID = Path(os.environ.get("CAMVID_ROOT", Path(__file__).parents[2] / "shared" / "camvid"))
+CAMVID = Path(os.environ.get("CAMVID_ROOT", "CamVid"))
 PLAIN = dict(scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric=False)
 ALL = dict(scale=(0.5, 2.0), cat_max_ratio=0.75, flip=0.5, photometric=True)
 COLOURS = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [240, 240, 20]], dtype=np.uint8)
@@ -651,3 +651,35 @@ def test_real_camvid():
     expected = [16.9, 23.3, 1.0, 31.7, 4.5, 9.7, 1.2, 1.1, 5.9, 0.6, 0.3]
     assert (counts / pixels * 100).tolist() == pytest.approx(expected, abs=0.1)
     assert float(1 - counts.sum() / pixels) * 100 == pytest.approx(4.0, abs=0.1)
+
+
+# ---- looking at a data set ----
+
+
+def test_main_writes_a_sheet_of_images_and_labels(tmp_path, capsys):
+    datasets.main(["--size", "64", "128", "--count", "3", "--out", str(tmp_path / "sheet.png")])
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.size == (1024, 2 * 128)  # two pairs a row, each 512 wide, image and label side by side
+    row = np.asarray(sheet.convert("RGB"))[:128].astype(int)
+    _, label = datasets.draw_scene(0, "train", 0, (64, 128))
+    palette = np.array(datasets.CITYSCAPES_PALETTE)
+    sky = datasets.CITYSCAPES_CLASSES.index("sky")
+    ys, xs = np.nonzero(label == sky)
+    shown = row[2 * ys[len(ys) // 2], 256 + 2 * xs[len(xs) // 2]]
+    assert np.abs(shown - palette[sky]).max() < 20
+    assert "19 classes" in capsys.readouterr().out
+
+
+def test_main_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        datasets.main(["--dataset", "camvid", "--data-root", str(tmp_path)])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_table_decides_crop_and_scale_where_flags_do_not():
+    drawn = open_dataset("synthetic", "train", size=(40, 70), length=2)
+    drawn.transform = datasets.train_transform(drawn.info, **ALL | dict(crop=None, scale=None))
+    image, target = drawn[0, 1]
+    assert image.shape == (3, 40, 70)  # whole scenes, at scale 1
+    assert sorted(target.unique().tolist()) == sorted(set(drawn.raw(0)[1].unique().tolist()))
