@@ -204,6 +204,7 @@ class Row:
 
     crop: tuple[int, int] | None = None  # default training crop; None: the whole image, at `size`
     scale: tuple[float, float] = (0.5, 2.0)  # default range of the random scale
+    photometric: bool = True  # whether training distorts colours by default
     layout: str = ""  # for messages
     where: str = ""  # where to get it, for messages
     classes: tuple[str, ...] = ()  # empty: read from root/classes.txt
@@ -251,8 +252,9 @@ DATASETS = {
     "synthetic": Row(
         classes=tuple(CITYSCAPES_CLASSES),
         palette=tuple(CITYSCAPES_PALETTE),
-        size=(168, 336),
-        scale=(1.0, 1.0),  # the scenes vary in scale by themselves
+        size=(140, 280),
+        scale=(1.0, 1.0),  # the scenes vary in scale, light and colour by themselves
+        photometric=False,
         lengths={"train": 1000, "val": 100, "test": 100},
         cache=True,  # train: 0.2 GB
     ),
@@ -398,7 +400,7 @@ def one_thread():
 def train_transform(info, *, crop, scale, cat_max_ratio, flip, photometric, augment=True):
     """Random scale and crop, flip, colours: (image, mask) -> float32 (3, *crop), int64 crop.
 
-    crop: (H, W), scale: (lowest, highest), None for the table's defaults.  cat_max_ratio: see RandomScaleCrop.
+    crop: (H, W), scale: (lowest, highest), photometric: None for the table's.  cat_max_ratio: see RandomScaleCrop.
     flip: probability.  augment=False: the centre crop at scale 1 and nothing random.
     """
     row = DATASETS[info.name]
@@ -415,7 +417,7 @@ def train_transform(info, *, crop, scale, cat_max_ratio, flip, photometric, augm
     steps = [cut]
     if augment and flip > 0:
         steps.append(v2.RandomHorizontalFlip(flip))
-    if augment and photometric:
+    if augment and (row.photometric if photometric is None else photometric):
         steps.append(PhotometricDistort())  # after the crop: fewer pixels
     return v2.Compose(steps + to_network(info))
 
@@ -716,7 +718,7 @@ def add_data_args(parser):
     add("--cat-max-ratio", type=share, default=0.75, metavar="R",
         help="redraw a crop in which one class has more than this share; 1: never")  # fmt: skip
     add("--flip", type=probability, default=0.5, metavar="P", help="probability of a horizontal flip")
-    add("--photometric", action=yes_no, default=True, help="random brightness, contrast, saturation and hue")
+    add("--photometric", action=yes_no, help="random brightness, contrast, saturation, hue; None: the data set's own")
     add("--class-weights", choices=CLASS_WEIGHTS, default="none", help="weights of the loss, from pixel counts")
 
 

@@ -509,7 +509,7 @@ def build_model(
     head,
     taps=4,
     norm="batch",
-    dropout=0.1,
+    dropout=0.0,
     fuse=True,
     upsample="bilinear",
     output_stride=None,

@@ -214,7 +214,7 @@ def make_fit(tmp_path, **options):
     )
     val_set = datasets.open_dataset("synthetic", "val", size=(28, 42), length=2)
     torch.manual_seed(0)
-    model = models.build_model(num_classes=19, backbone="dinov2-tiny", head="fpn")
+    model = models.build_model(num_classes=19, backbone="dinov2-tiny", head="fpn", dropout=0.2)
     objective = options.pop("objective", None) or Objective(model, loss_of())
     optimizer = make_optimizer(objective, "adamw", lr=1e-3, backbone_lr=1e-3, weight_decay=0.05)
     about = {"data": info_set.info.to_dict(), "pretrained": "no", "command": "test"}
@@ -238,7 +238,7 @@ def make_fit(tmp_path, **options):
 def test_fit_is_a_plain_loop_over_the_same_samples(tmp_path):
     objective, done = make_fit(tmp_path, seed=7)
     torch.manual_seed(0)
-    model = models.build_model(num_classes=19, backbone="dinov2-tiny", head="fpn").train()
+    model = models.build_model(num_classes=19, backbone="dinov2-tiny", head="fpn", dropout=0.2).train()
     dataset = datasets.open_dataset("synthetic", "train", size=(28, 42), length=10)
     dataset.transform = datasets.train_transform(
         dataset.info, crop=(28, 28), scale=(0.5, 2.0), cat_max_ratio=0.75, flip=0.5, photometric=True
@@ -303,7 +303,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_files_and_spares_best(tmp_path
 )
 @pytest.mark.parametrize("stop_at", [3, 4])  # in the middle of an epoch, and at its end: 2 steps an epoch
 def test_a_stopped_and_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, capsys, flags, stop_at):
-    flags = [*flags, "--epochs", "4"]
+    flags = [*flags, "--epochs", "4", "--dropout", "0.3", "--scale", "0.5", "2", "--photometric"]
     whole = run(tmp_path / "whole", *flags)
     step, count = train.train_step, iter(range(1, 99))
 
@@ -360,7 +360,7 @@ def one_process(rank, world, port, out, flags):
 
 
 def test_two_processes_train_like_one_with_the_same_batch(tmp_path):
-    flags = ["--epochs", "2", "--norm", "group", "--dropout", "0", "--class-weights", "enet"]
+    flags = ["--epochs", "2", "--norm", "group", "--loss", "ce", "--class-weights", "enet"]
     for world in (1, 2):
         port = str(29500 + os.getpid() % 1000 + world)
         args = (world, port, str(tmp_path / str(world)), flags)
