@@ -16,7 +16,6 @@ import datetime
 import itertools
 import math
 import os
-import tempfile
 import urllib.error
 import urllib.request
 import uuid
@@ -682,13 +681,13 @@ def save_checkpoint(
         checkpoint["training"] = training
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
