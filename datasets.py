@@ -753,7 +753,7 @@ def main(argv=None):
         dataset = open_dataset(args.dataset, args.split, root=args.data_root, size=args.size, cache=False)
         sheet = contact_sheet(dataset, 2 if args.dry_run else args.count)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.quantize(64).save(args.out, optimize=True)
+        sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(args.out, optimize=True)
     except (DataError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"wrote {args.out}: {args.dataset}/{args.split}, {len(dataset)} images, {len(dataset.info.classes)} classes")

@@ -690,9 +690,11 @@ def time_steps(objective, train_set, args, optimizer, schedule, device, steps):
 
     The two kinds of step alternate on the same batches, so that a drifting machine slows both alike; medians.
     """
-    share = dict(batch_size=args.batch_size, seed=args.seed, start=0, stop=steps + 3)
+    ahead = 2 * args.workers + 1  # batches that the workers have ready before the clock starts
+    share = dict(batch_size=args.batch_size, seed=args.seed, start=0, stop=steps + 2 + ahead)
     loader = iter(datasets.train_loader(train_set, workers=args.workers, **share))
-    next(loader)  # the workers have started
+    for _ in range(ahead):
+        next(loader)
     began = time.perf_counter()
     batches = list(loader)
     loading = (time.perf_counter() - began) / len(batches)
