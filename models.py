@@ -6,13 +6,15 @@ Contract of every network: images (N, 3, H, W), float, ImageNet-normalised, any 
     logits = model.decode(features)          # (N, K, h, w), over the input padded right/bottom to model.stride
     logits = model.resize(logits, (H, W))    # (N, K, H, W): bilinear, cropped; forward() is these three
 
-Variants are rows of BACKBONES and HEADS. Add a row there and build_model(), the command lines, and the tests know it.
+Variants are rows of BACKBONES and HEADS, which go together in any pair, and of NETWORKS, which are whole. Add a row
+there and build_model(), the command lines, and the tests know it.
 
     python models.py      # a table of every network with its parameters
 """
 
 import contextlib
 import datetime
+import inspect
 import itertools
 import math
 import os
@@ -194,20 +196,26 @@ def _load_transformers(cls, path, numbers, out):
 def _torchvision_body(row, load):
     """A torchvision classifier, with its ImageNet weights where `load` finds them."""
     weights = torchvision.models.get_model_weights(row.weights).DEFAULT
-    make = lambda: torchvision.models.get_model(row.weights, weights=None)  # noqa: E731
+    make = lambda weights=None: torchvision.models.get_model(row.weights, weights=weights)  # noqa: E731
+    return load(
+        scratch=make,
+        local=lambda path: _with_weights(make(), path),
+        hub=lambda offline: make(_cached(weights, offline)),
+    )
 
-    def local(path):
-        body = make()
-        body.load_state_dict(_read(path))
-        return body
 
-    def hub(offline):
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        if offline and not cached.exists():
-            raise OSError(f"{cached} is not there")
-        return torchvision.models.get_model(row.weights, weights=weights)
+def _with_weights(net, path):
+    """`net` with the state dict in a file; every tensor must match."""
+    net.load_state_dict(_read(path))
+    return net
 
-    return load(scratch=make, local=local, hub=hub)
+
+def _cached(weights, offline):
+    """torchvision's `weights`; OSError where they would have to be downloaded and `offline` forbids it."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if offline and not cached.exists():
+        raise OSError(f"{cached} is not there")
+    return weights
 
 
 def _build_resnet(row, taps, output_stride, load):
@@ -424,6 +432,17 @@ class AuxHead(nn.Sequential):
         return super().forward(features[-2])
 
 
+class FcnHead(nn.Sequential):
+    """3x3 convolution to a quarter of the channels on the deepest tap, as in torchvision (Long et al. 2015)."""
+
+    def __init__(self, channels, strides, num_classes, norm, dropout):
+        c, self.stride = channels[-1] // 4, strides[-1]
+        super().__init__(conv_norm_relu(channels[-1], c, 3, norm), Classifier(c, num_classes, dropout))
+
+    def forward(self, features):
+        return super().forward(features[-1])
+
+
 @dataclass(frozen=True)
 class HeadRow:
     """One head: its builder, the output stride it wants of a convolutional backbone, whether it knows --no-fuse."""
@@ -440,6 +459,58 @@ HEADS = {
     "ppm": HeadRow(PpmHead, output_stride=8),
     "aspp": HeadRow(AsppHead, output_stride=8),
     "ocr": HeadRow(OcrHead, output_stride=8),
+    "fcn": HeadRow(FcnHead, output_stride=8),
+}
+
+
+# ---- whole networks -------------------------------------------------------------------------------------------------
+# Networks that are published as one: a builder gives the backbone and the head of a SegmentationModel.
+
+
+def _build_fcn_resnet50(row, num_classes, load, *, norm, dropout):
+    """torchvision's FCN-ResNet50, at stride 8; pretrained: trained on COCO with the 21 classes of VOC."""
+    make = lambda weights=None: torchvision.models.segmentation.fcn_resnet50(  # noqa: E731
+        weights=weights, weights_backbone=None, num_classes=21, aux_loss=True
+    )
+    weights = torchvision.models.segmentation.FCN_ResNet50_Weights.DEFAULT
+    net, loaded = load(
+        scratch=make,
+        local=lambda path: _with_weights(make(), path),
+        hub=lambda offline: make(_cached(weights, offline)),
+    )
+    body = net.backbone
+    stem = nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool)
+    stages = [nn.Sequential(stem, body.layer1), body.layer2, body.layer3, body.layer4]
+    backbone = ConvBackbone(stages, [256, 512, 1024, 2048], [4, 8, 8, 8])
+    head = FcnHead(backbone.channels, backbone.strides, num_classes, norm, dropout)
+    if loaded[0] and norm == "batch":
+        _copy_in_order(net.classifier, head)
+    return backbone, head, loaded
+
+
+def _copy_in_order(source, target):
+    """Copy weights between modules with the same layers under other names; those of another shape (K) stay."""
+    own = target.state_dict()
+    pairs = zip(own.items(), source.state_dict().values(), strict=True)
+    target.load_state_dict({k: new if new.shape == old.shape else old for (k, old), new in pairs})
+
+
+@dataclass(frozen=True)
+class NetworkRow:
+    """One whole network: build(row, num_classes, load, **options) -> (backbone, head, (loaded, reason)).
+
+    options: which of build_model()'s it knows, beside num_classes, pretrained and freeze_backbone. weights and numbers:
+    as in BackboneRow.
+    """
+
+    build: Callable
+    weights: str = ""
+    numbers: dict = field(default_factory=dict)
+    options: tuple = ("norm", "dropout")
+
+
+NETWORKS = {
+    "fcn_resnet50": NetworkRow(_build_fcn_resnet50, options=("norm", "dropout", "aux")),
 }
 
 
@@ -504,8 +575,9 @@ def _row(table, name, flag):
 def build_model(
     *,
     num_classes,
-    backbone,
-    head,
+    model=None,
+    backbone=None,
+    head=None,
     taps=4,
     norm="batch",
     dropout=0.0,
@@ -516,68 +588,84 @@ def build_model(
     pretrained="no",
     freeze_backbone=None,
 ):
-    """Build a network from rows of BACKBONES and HEADS.
+    """Build a network: a row of BACKBONES with one of HEADS (dinov2-small + fpn where left out), or one of NETWORKS.
 
+    model: a whole network, instead of backbone and head; it knows some of the options only.
     taps: 1 or 4 feature maps. norm, dropout, fuse: of the head. upsample: bilinear or learned. output_stride: 8, 16 or
     32 for a convolutional backbone (None: what the head does best with). aux: auxiliary head for training.
     pretrained: "auto" (use what the hub or its cache has, else none), "require", "no", or a local folder or file.
     freeze_backbone: None freezes a pretrained backbone and trains one from scratch.
     Raises ModelError for unknown names (listing the known ones) and for combinations that make no sense.
     """
-    row, head_row = _row(BACKBONES, backbone, "--backbone"), _row(HEADS, head, "--head")
+    options = dict(
+        taps=taps, norm=norm, dropout=dropout, fuse=fuse, upsample=upsample, output_stride=output_stride, aux=aux
+    )
     checks = [
-        (taps in (1, 4), f"--taps {taps}: choose 1 or 4"),
         (num_classes >= 2, f"num_classes {num_classes}: a network needs two classes or more"),
+        (taps in (1, 4), f"--taps {taps}: choose 1 or 4"),
         (0 <= dropout < 1, f"--dropout {dropout}: must be at least 0 and below 1"),
-        (
-            fuse or head_row.fusable,
-            f"--no-fuse is for {', '.join(n for n, r in HEADS.items() if r.fusable)}, not {head}",
-        ),
         (output_stride in (None, 8, 16, 32), f"--output-stride {output_stride}: choose 8, 16 or 32"),
-        (output_stride is None or row.dilatable, f"--output-stride: the stride of {backbone} is its patch size"),
         (upsample in ("bilinear", "learned"), f"--upsample {upsample}: choose bilinear or learned"),
         (not aux or taps > 1, "--aux reads the tap before the deepest: it needs --taps 4"),
     ]
     for fine, message in checks:
         if not fine:
             raise ModelError(message)
-    stride = output_stride or head_row.output_stride
-    body, (loaded, reason) = row.build(row, taps, stride, _loader(pretrained))
-    options = {"fuse": fuse} if head_row.fusable else {}
-    decoder = head_row.build(body.channels, body.strides, num_classes, norm, dropout, **options)
+    load = _loader(pretrained)
+    if model is None:
+        backbone, head = backbone or "dinov2-small", head or "fpn"
+        body, decoder, (loaded, reason) = _build_pair(backbone, head, num_classes, load, options)
+    else:
+        if backbone or head:
+            raise ModelError(f"--model {model} is a whole network: leave out --backbone and --head")
+        body, decoder, (loaded, reason) = _build_whole(model, num_classes, load, options)
     learned = None
     if upsample == "learned":
         if decoder.stride != int(decoder.stride):
             raise ModelError(f"--upsample learned needs a whole stride; {head} on {backbone} has {decoder.stride}")
         learned = LearnedUpsample(num_classes, int(decoder.stride))
     freeze = loaded if freeze_backbone is None else freeze_backbone
-    model = SegmentationModel(
+    net = SegmentationModel(
         body,
         decoder,
         aux_head=AuxHead(body.channels, num_classes, norm, dropout) if aux else None,
         learned=learned,
         freeze_backbone=freeze,
     )
-    model.pretrained, model.pretrained_error = loaded, reason
-    model.build = dict(
-        num_classes=num_classes,
-        backbone=backbone,
-        head=head,
-        taps=taps,
-        norm=norm,
-        dropout=dropout,
-        fuse=fuse,
-        upsample=upsample,
-        output_stride=output_stride,
-        aux=aux,
-        freeze_backbone=freeze,
+    net.pretrained, net.pretrained_error = loaded, reason
+    net.build = dict(
+        num_classes=num_classes, model=model, backbone=backbone, head=head, **options, freeze_backbone=freeze
     )
-    return model
+    return net
+
+
+def _build_pair(backbone, head, num_classes, load, options):
+    row, head_row = _row(BACKBONES, backbone, "--backbone"), _row(HEADS, head, "--head")
+    if not (options["fuse"] or head_row.fusable):
+        raise ModelError(f"--no-fuse is for {', '.join(n for n, r in HEADS.items() if r.fusable)}, not {head}")
+    if options["output_stride"] and not row.dilatable:
+        raise ModelError(f"--output-stride: the stride of {backbone} is its patch size")
+    stride = options["output_stride"] or head_row.output_stride
+    body, loaded = row.build(row, options["taps"], stride, load)
+    fuse = {"fuse": options["fuse"]} if head_row.fusable else {}
+    decoder = head_row.build(body.channels, body.strides, num_classes, options["norm"], options["dropout"], **fuse)
+    return body, decoder, loaded
+
+
+def _build_whole(model, num_classes, load, options):
+    row = _row(NETWORKS, model, "--model")
+    defaults = {k: p.default for k, p in inspect.signature(build_model).parameters.items()}
+    for name, value in options.items():
+        if name not in row.options and value != defaults[name]:
+            flags = ", ".join(f"--{o.replace('_', '-')}" for o in row.options) or "none of these options"
+            raise ModelError(f"--{name.replace('_', '-')} {value}: {model} is a whole network, which knows {flags}")
+    known = {k: v for k, v in options.items() if k in row.options and k not in ("aux", "upsample")}
+    return row.build(row, num_classes, load, **known)
 
 
 def model_name(build):
-    """What tables call a network, e.g. "dinov2-small + fpn"."""
-    return f"{build['backbone']} + {build['head']}"
+    """What tables call a network, e.g. "dinov2-small + fpn" or "enet"."""
+    return build.get("model") or f"{build['backbone']} + {build['head']}"
 
 
 # ---- pretrained weights ---------------------------------------------------------------------------------------------
@@ -727,9 +815,9 @@ def load_checkpoint(path, *, device="cpu"):
 
 
 if __name__ == "__main__":
-    print(f"{'network':28} {'parameters at 19 classes':>26}")
-    for name in BACKBONES:
-        for head in HEADS:
-            with torch.device("meta"):
-                net = build_model(num_classes=19, backbone=name, head=head)
-            print(f"{name + ' + ' + head:28} {count_params(net)[0]:26,}")
+    print(f"{'network':32} {'parameters at 19 classes':>26}")
+    pairs = [dict(backbone=name, head=head) for name in BACKBONES for head in HEADS]
+    for row in [*pairs, *(dict(model=name) for name in NETWORKS)]:
+        with torch.device("meta"):
+            net = build_model(num_classes=19, **row)
+        print(f"{model_name(net.build):32} {count_params(net)[0]:26,}")

@@ -521,8 +521,9 @@ def add_model_args(parser):
     default = {k: p.default for k, p in inspect.signature(models.build_model).parameters.items()}
     group = parser.add_argument_group("network")
     add, yes_no = group.add_argument, argparse.BooleanOptionalAction
-    add("--backbone", default="dinov2-small", choices=models.BACKBONES, help="encoder")
-    add("--head", default="fpn", choices=models.HEADS, help="decoder")
+    add("--model", choices=models.NETWORKS, help="whole network, in place of --backbone and --head")
+    add("--backbone", choices=models.BACKBONES, help="encoder; left out: dinov2-small")
+    add("--head", choices=models.HEADS, help="decoder; left out: fpn")
     add("--taps", type=int, default=default["taps"], choices=(1, 4), help="feature maps taken from the backbone")
     add("--norm", default=default["norm"], choices=("batch", "group", "none"), help="normalisation in the head")
     add("--dropout", type=float, default=default["dropout"], help="share of channels dropped before the classifier")
@@ -592,8 +593,8 @@ def get_parser():
 
 
 # what --resume cannot change: it would be another run
-FIXED_FLAGS = ("dataset", "size", "crop", "batch_size", "seed", "backbone", "head", "taps", "norm", "dropout", "fuse",
-               "upsample", "output_stride", "aux", "freeze_backbone", "optimizer", "ema", "amp")  # fmt: skip
+FIXED_FLAGS = ("dataset", "size", "crop", "batch_size", "seed", "model", "backbone", "head", "taps", "norm", "dropout",
+               "fuse", "upsample", "output_stride", "aux", "freeze_backbone", "optimizer", "ema", "amp")  # fmt: skip
 
 
 def parse_args(argv):
@@ -663,9 +664,9 @@ def make_network(args, num_classes, last):
         model.pretrained = last["pretrained"] == "yes"
         return model
     model = models.build_model(
-        num_classes=num_classes, backbone=args.backbone, head=args.head, taps=args.taps, norm=args.norm,
-        dropout=args.dropout, fuse=args.fuse, upsample=args.upsample, output_stride=args.output_stride, aux=args.aux,
-        pretrained=args.pretrained, freeze_backbone=args.freeze_backbone,
+        num_classes=num_classes, model=args.model, backbone=args.backbone, head=args.head, taps=args.taps,
+        norm=args.norm, dropout=args.dropout, fuse=args.fuse, upsample=args.upsample, output_stride=args.output_stride,
+        aux=args.aux, pretrained=args.pretrained, freeze_backbone=args.freeze_backbone,
     )  # fmt: skip
     if model.pretrained_error and rank_and_world()[0] == 0:
         print(f"*** NO PRETRAINED WEIGHTS: {model.pretrained_error}", file=sys.stderr)
