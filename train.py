@@ -555,6 +555,11 @@ def add_train_args(parser):
     add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
     add("--ohem-thresh", type=float, default=0.5, help="OHEM: pixels below this probability count as hard")
     add("--ohem-kept", type=int, default=10_000, help="OHEM: pixels of a batch kept at least")
+    add("--focal-gamma", type=float, default=2.0, help="focal loss: how fast easy pixels fade; 0: cross-entropy")
+    add("--tversky-alpha", type=float, default=0.3, help="Tversky loss: weight of false positives")
+    add("--tversky-beta", type=float, default=0.7, help="Tversky loss: weight of false negatives")
+    add("--boundary-weight", type=float, default=0.0, metavar="W", help="label boundaries weigh 1 + W in cross-entropy")
+    add("--boundary-width", type=int, default=3, metavar="PIXELS", help="of that band, on each side of a boundary")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer")
     add("--lr", type=float, default=1e-3, help="learning rate of all but the backbone")
     add("--backbone-lr", type=float, help="learning rate of the backbone; left out: that of the rest")
@@ -647,7 +652,9 @@ def make_loss(args, train_set, out):
     try:
         loss = losses.make_loss(
             args.loss, ignore_index=info.ignore_index, weight=weight, label_smoothing=args.label_smoothing,
-            ohem_thresh=args.ohem_thresh, ohem_min_kept=args.ohem_kept,
+            boundary_weight=args.boundary_weight, boundary_width=args.boundary_width,
+            ohem_thresh=args.ohem_thresh, ohem_min_kept=args.ohem_kept, focal_gamma=args.focal_gamma,
+            tversky_alpha=args.tversky_alpha, tversky_beta=args.tversky_beta,
         )  # fmt: skip
         k = len(info.classes)
         loss(torch.zeros(1, k, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64))  # a binary loss refuses K classes here
