@@ -637,7 +637,7 @@ def class_distribution(dataset, limit=200):
     return torch.from_numpy(counts[: len(dataset.info.classes)].copy())
 
 
-def class_weights(counts, method):
+def class_weights(counts, method, power=1.0):
     """Pixel counts (K,) -> loss weights float32 (K,), finite, 0 for a class without a pixel. p is the share of pixels.
 
     none       1
@@ -647,6 +647,8 @@ def class_weights(counts, method):
                new samples. The set counts as 100,000 samples, n = 100,000 p. On CamVid the rarest class then weighs 32
                times the commonest (enet 13, inverse 109); the paper's beta = (N - 1) / N would be nearly `inverse`.
     inverse    1 / p, mean 1 over seen classes
+
+    The weights are raised to `power`: full weights let a network call too much rare, most of all after a short training.
     """
     if method not in CLASS_WEIGHTS:
         raise ValueError(f"unknown class weights {method!r}; choose from {', '.join(CLASS_WEIGHTS)}")
@@ -664,7 +666,7 @@ def class_weights(counts, method):
     weights = weights * seen
     if method in ("effective", "inverse"):
         weights = weights * (seen.sum() / weights.sum().clamp(min=1e-30))
-    return weights.float()
+    return (weights**power).float()
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -720,6 +722,7 @@ def add_data_args(parser):
     add("--flip", type=probability, default=0.5, metavar="P", help="probability of a horizontal flip")
     add("--photometric", action=yes_no, help="random brightness, contrast, saturation, hue; None: the data set's own")
     add("--class-weights", choices=CLASS_WEIGHTS, default="none", help="weights of the loss, from pixel counts")
+    add("--class-weights-power", type=positive_float, default=1.0, help="raise them to it: below 1 they are milder")
 
 
 def contact_sheet(dataset, count=8, columns=2, width=1024):

@@ -643,7 +643,9 @@ def make_loss(args, train_set, out):
     counts = datasets.class_distribution(train_set)
     if rank_and_world()[0] == 0:
         evaluate.plot_class_distribution(counts, info.classes, info.palette, out / "class_distribution.png")
-    weight = None if args.class_weights == "none" else datasets.class_weights(counts, args.class_weights)
+    weight = None
+    if args.class_weights != "none":
+        weight = datasets.class_weights(counts, args.class_weights, args.class_weights_power)
     try:
         loss = losses.make_loss(
             args.loss, ignore_index=info.ignore_index, weight=weight, label_smoothing=args.label_smoothing,

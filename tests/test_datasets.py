@@ -566,6 +566,7 @@ def test_class_weights_by_hand():
     effective = np.array([1 / (1 - 0.9999**75000), 1 / (1 - 0.9999**25000)])
     effective *= 2 / effective.sum()
     assert datasets.class_weights(counts, "effective")[[0, 2]].tolist() == pytest.approx(effective.tolist())
+    assert datasets.class_weights(counts, "inverse", 0.5).tolist() == pytest.approx([0.5**0.5, 0, 1.5**0.5])
 
 
 @pytest.mark.parametrize("method", datasets.CLASS_WEIGHTS)
