@@ -648,7 +648,7 @@ def class_weights(counts, method, power=1.0):
                times the commonest (enet 13, inverse 109); the paper's beta = (N - 1) / N would be nearly `inverse`.
     inverse    1 / p, mean 1 over seen classes
 
-    The weights are raised to `power`: full weights let a network call too much rare, most of all after a short training.
+    The weights are raised to `power`: full ones make a network call too much rare, most of all after a short training.
     """
     if method not in CLASS_WEIGHTS:
         raise ValueError(f"unknown class weights {method!r}; choose from {', '.join(CLASS_WEIGHTS)}")
