@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 FORMAT = 1  # version of the checkpoint layout
 
@@ -727,6 +728,53 @@ def parameter_summary(model):
         total, trainable = count_params(part)
         lines.append(f"{name:10} {total:13,} {trainable:13,} {total * 4 / 2**20:9.2f}")
     return "\n".join(lines)
+
+
+# ---- inference ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fold_batchnorm(model, size=(64, 64)):
+    """Fold each BatchNorm2d of a network in eval mode into the convolution before it, in place -> how many were folded.
+
+    The convolution is the one that made the BatchNorm's input in a run on a random image of `size`; one that is called
+    twice, or a BatchNorm with another input, is left alone. Raises ModelError where the outputs differ afterwards,
+    which a convolution whose output is also read elsewhere would cause.
+    """
+    kinds, norms = (
+        (nn.Conv2d, nn.ConvTranspose2d),
+        {m: n for n, m in model.named_modules() if type(m) is nn.BatchNorm2d},
+    )
+    made, calls, pairs = {}, {}, {}  # tensors are kept until the end, so that no id is used twice
+
+    def after_conv(conv, inputs, output):
+        made[id(output)] = (conv, output)
+        calls[conv] = calls.get(conv, 0) + 1
+
+    def before_norm(norm, inputs):
+        calls[norm] = calls.get(norm, 0) + 1
+        pairs[norm] = made.get(id(inputs[0]), (None,))[0]
+
+    hooks = [m.register_forward_hook(after_conv) for m in model.modules() if type(m) in kinds]
+    hooks += [norm.register_forward_pre_hook(before_norm) for norm in norms]
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+    expected = model(images)
+    for hook in hooks:
+        hook.remove()
+    folded = 0
+    for norm, conv in pairs.items():
+        transposed = isinstance(conv, nn.ConvTranspose2d)
+        if conv is None or calls[norm] > 1 or calls[conv] > 1 or norm.training or (transposed and conv.groups > 1):
+            continue
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias, transposed
+        )
+        model.set_submodule(norms[norm], nn.Identity())
+        folded += 1
+    difference, largest = (model(images) - expected).abs().max(), expected.abs().max()
+    if not difference <= 1e-3 * max(1, largest):
+        raise ModelError(f"folding BatchNorm changed the logits by {difference:.3g} (largest {largest:.3g})")
+    return folded
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -146,6 +146,46 @@ def test_predictions_add_auxiliary_logits_for_training_only():
     assert count_params(aux.aux_head)[0] == c * c // 4 * 9 + 2 * c // 4 + c // 4 * 3 + 3
 
 
+def randomize_norms(model):
+    """BatchNorms as after a training: statistics and scales that matter."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t, low in ((m.running_mean, -0.5), (m.running_var, 0.5), (m.weight.data, 0.5), (m.bias.data, -0.5)):
+                t.uniform_(low, low + 1)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("backbone", TRAINABLE_HERE)
+def test_folding_batchnorm_leaves_none_and_changes_nothing(backbone, head):
+    model = build(backbone, head).eval()
+    randomize_norms(model)
+    images = torch.randn(2, 3, 45, 61)
+    with torch.inference_mode():
+        before = model(images)
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    lone = norms if head == "linear" else 0  # its norms follow no convolution
+    assert models.fold_batchnorm(model) == norms - sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) <= lone
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-4 * before.abs().max().item())
+
+
+def test_folding_refuses_a_convolution_that_is_read_twice():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return x + self.norm(x)
+
+    model = Forked().eval()
+    randomize_norms(model)
+    with pytest.raises(ModelError, match="changed the logits"):
+        models.fold_batchnorm(model)
+
+
 def test_ocr_gathers_one_representation_a_class_as_the_paper_writes_it():
     head = build("dinov2-tiny", "ocr").head.eval()
     features = [torch.randn(2, 32, 5, 6)] * 4
