@@ -594,7 +594,8 @@ def get_parser():
 
 # what --resume cannot change: it would be another run
 FIXED_FLAGS = ("dataset", "size", "crop", "batch_size", "seed", "model", "backbone", "head", "taps", "norm", "dropout",
-               "fuse", "upsample", "output_stride", "aux", "freeze_backbone", "optimizer", "ema", "amp")  # fmt: skip
+               "fuse", "upsample", "output_stride", "aux", "freeze_backbone", "optimizer", "ema", "amp",
+               "void_as_class", "train_share", "val_drives")  # fmt: skip
 
 
 def parse_args(argv):
@@ -626,7 +627,7 @@ def plain(value):
 
 def open_splits(args):
     """(training split, validation split) that the data flags describe."""
-    common = dict(root=args.data_root, size=args.size, cache=args.cache)
+    common = dict(root=args.data_root, size=args.size, cache=args.cache, options=datasets.option_values(args))
     few = dict(length=max(2, args.batch_size)) if args.dry_run else {}
     train_set = datasets.open_dataset(args.dataset, "train", **common, **few)
     train_set.transform = datasets.train_transform(
