@@ -581,19 +581,19 @@ def _build_fcn_maxunpool(row, num_classes, load, *, norm, dropout):
     return backbone, MaxUnpoolDecoder(channels, num_classes, norm, dropout), (False, None)
 
 
-# ENet's bottlenecks (Paszke et al. 2016, table 1): (kind, channels, number), where number is the dilation of a "conv"
-# and the length of the two kernels of an "asymmetric" one. `down` halves the size, `up` doubles it.
+# ENet's bottlenecks (Paszke et al. 2016, table 1): (kind, channels, number), where number is the dilation of the 3x3
+# convolution, or the length of the two kernels of an asymmetric one. "down" halves the size, "up" doubles it.
 _ENET_CONTEXT = (
     ("conv", 128, 1), ("conv", 128, 2), ("asymmetric", 128, 5), ("conv", 128, 4),
     ("conv", 128, 1), ("conv", 128, 8), ("asymmetric", 128, 5), ("conv", 128, 16),
 )  # fmt: skip
 ENET_ENCODER = (
-    (("down", 64, 2), *[("conv", 64, 1)] * 4),
-    (("down", 128, 2), *_ENET_CONTEXT, *_ENET_CONTEXT),
+    (("down", 64, 1), *[("conv", 64, 1)] * 4),
+    (("down", 128, 1), *_ENET_CONTEXT, *_ENET_CONTEXT),
 )
 ENET_DECODER = (
-    (("up", 64, 2), *[("conv", 64, 1)] * 2),
-    (("up", 16, 2), ("conv", 16, 1)),
+    (("up", 64, 1), *[("conv", 64, 1)] * 2),
+    (("up", 16, 1), ("conv", 16, 1)),
 )
 
 
@@ -619,15 +619,15 @@ class EnetBottleneck(nn.Module):
     def __init__(self, kind, c_in, c_out, number, dropout):
         super().__init__()
         self.kind, self.more, c = kind, c_out - c_in, c_out // 4
-        inner = {
-            "down": lambda: [nn.Conv2d(c, c, 3, padding=1, bias=False)],
-            "conv": lambda: [nn.Conv2d(c, c, 3, padding=number, dilation=number, bias=False)],
-            "asymmetric": lambda: [
+        if kind == "asymmetric":
+            inner = [
                 nn.Conv2d(c, c, (number, 1), padding=(number // 2, 0), bias=False),
                 nn.Conv2d(c, c, (1, number), padding=(0, number // 2), bias=False),
-            ],
-            "up": lambda: [nn.ConvTranspose2d(c, c, 3, stride=2, padding=1, output_padding=1, bias=False)],
-        }[kind]()
+            ]
+        elif kind == "up":
+            inner = [nn.ConvTranspose2d(c, c, 3, stride=2, padding=1, output_padding=1, bias=False)]
+        else:
+            inner = [nn.Conv2d(c, c, 3, padding=number, dilation=number, bias=False)]
         size = 2 if kind == "down" else 1
         self.branch = nn.Sequential(
             *(nn.Conv2d(c_in, c, size, stride=size, bias=False), nn.BatchNorm2d(c), nn.PReLU(c)),
@@ -695,9 +695,8 @@ class Swin(nn.Module):
         self.channels, self.strides = list(body.channels), [4, 8, 16, 32]
         body.swin.layernorm.requires_grad_(False)  # normalises an output that is not used here
         for module in body.modules():
-            if hasattr(
-                module, "relative_position_index"
-            ):  # into the state dict: load_checkpoint() starts without values
+            if hasattr(module, "relative_position_index"):
+                # into the state dict, where transformers leaves it out: load_checkpoint() has no other values
                 module.register_buffer("relative_position_index", module.relative_position_index)
 
     def forward(self, x):
@@ -717,6 +716,9 @@ class Mask2FormerHead(nn.Module):
         super().__init__()
         self.pixel_decoder = net.model.pixel_level_module.decoder
         self.transformer = net.model.transformer_module
+        predictor = self.transformer.decoder.mask_predictor
+        # transformers keeps these layers in plain lists as well, so that it would not use one put in their place
+        predictor.mask_embedder = nn.Sequential(*(nn.Sequential(*m.layers) for m in predictor.mask_embedder.layers))
         self.class_predictor = net.class_predictor
 
     def queries(self, features):
@@ -1030,6 +1032,8 @@ def build_model(
         if backbone or head:
             raise ModelError(f"--model {model} is a whole network: leave out --backbone and --head")
         body, decoder, (loaded, reason) = _build_whole(model, num_classes, load, options)
+    if pretrained not in ("auto", "no") and not loaded:
+        raise ModelError(f"--pretrained {pretrained}: there are no pretrained weights of {model}; leave it out")
     learned = None
     if upsample == "learned":
         if decoder.stride != int(decoder.stride):
