@@ -30,6 +30,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -113,7 +114,7 @@ def prepare(model, device, dtype):
 
 
 def make_images(shape, device="cpu", dtype=torch.float32):
-    """Noise (N, 3, H, W), the same at every call: no operation here is faster on one image than on another."""
+    """Noise (N, 3, H, W), the same at every call; dense layers take as long for it as for a photograph."""
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return images.to(device, dtype, memory_format=torch.channels_last)
 
@@ -259,62 +260,52 @@ def profile(model, images, *, runs, clock=time.perf_counter):
 
     The time of a module is its own: what its children took is subtracted, and what its forward() computes by itself
     (resizing, concatenating, attention's products) stands under its name; so the times add up to the whole.
-    hooks_add_percent: by how much the clocks slow the whole down. On a GPU, where each waits for the kernels before it,
-    that is a lot.
+    hooks_add_percent: by how much the clocks slow the whole down, by the medians of calls with and without them in
+    turn. On a GPU, where each clock waits for the kernels before it, that is a lot.
     """
-    own, calls, stack, handles = {}, {}, [], []
+    names = {module: name or "(network)" for name, module in model.named_modules()}
+    own, calls, stack = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0), []
     synchronize = torch.cuda.synchronize if images.is_cuda else lambda: None
     run = torch_runner(model, images, images.dtype)
 
-    def now():
+    def enter(_module, _inputs):
         synchronize()
-        return clock()
+        stack.append([clock(), 0.0])  # start, seconds of the children
 
-    def enter(*_):
-        stack.append([now(), 0.0])
+    def leave(module, _inputs, _output):
+        synchronize()
+        start, inner = stack.pop()
+        total = clock() - start
+        own[module] += total - inner
+        calls[module] += 1
+        if stack:
+            stack[-1][1] += total
 
-    def leave(name):
-        def hook(*_):
-            start, inner = stack.pop()
-            total = now() - start
-            own[name], calls[name] = own.get(name, 0.0) + total - inner, calls.get(name, 0) + 1
-            if stack:
-                stack[-1][1] += total
-
-        return hook
-
-    def timed():
-        start = now()
-        for _ in range(runs):
-            run()
-        return now() - start
-
+    plain, hooked = [], []
     run()
-    plain = timed()
-    for name, module in model.named_modules():
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave(name))]
-    try:
-        hooked = timed()
-    finally:
-        for handle in handles:
-            handle.remove()
-    modules, whole = dict(model.named_modules()), sum(own.values())
+    for _ in range(runs):
+        for seconds, hooks in ((plain, ()), (hooked, names)):
+            handles = [m.register_forward_pre_hook(enter) for m in hooks]
+            handles += [m.register_forward_hook(leave) for m in hooks]
+            start = clock()
+            run()
+            seconds.append(clock() - start)
+            for handle in handles:
+                handle.remove()
 
-    def line(seconds, times):
-        return {"ms": 1000 * seconds / runs, "percent": 100 * seconds / whole, "calls": times // runs}
+    def line(modules):
+        ms = 1000 * sum(own[m] for m in modules) / runs
+        percent = 100 * ms * runs / (1000 * sum(own.values()))
+        return {"ms": ms, "percent": percent, "calls": sum(calls[m] for m in modules) // runs}
 
     types = {}
-    for name, seconds in own.items():
-        kind = type(modules[name]).__name__
-        before = types.get(kind, (0.0, 0))
-        types[kind] = (before[0] + seconds, before[1] + calls[name])
+    for module in names:
+        types.setdefault(type(module).__name__, []).append(module)
+    slowest = sorted(names, key=own.get, reverse=True)[:10]
     return {
-        "types": [{"type": k} | line(*v) for k, v in sorted(types.items(), key=lambda item: -item[1][0])],
-        "slowest": [
-            {"layer": name or "(network)", "type": type(modules[name]).__name__} | line(own[name], calls[name])
-            for name in sorted(own, key=own.get, reverse=True)[:10]
-        ],
-        "hooks_add_percent": 100 * (hooked / plain - 1),
+        "types": sorted(({"type": k} | line(ms) for k, ms in types.items()), key=lambda r: -r["ms"]),
+        "slowest": [{"layer": names[m], "type": type(m).__name__} | line([m]) for m in slowest],
+        "hooks_add_percent": 100 * (statistics.median(hooked) / statistics.median(plain) - 1),
     }
 
 
@@ -594,10 +585,10 @@ def score(subject, device, dtype):
 
 
 KEYS = (
-    "weights", "name", "model", "compression", "pretrained", "dataset", "backend", "device", "dtype", "threads", "batch",
-    "size", "params", "nonzero_params", "macs", "file_mb", "onnx_mb", "latency_ms", "latency_iqr_ms", "latency_min_ms",
-    "fps", "runs", "peak_memory_mb", "memory_added_mb", "energy_j", "idle_watts", "miou", "miou_per_ms", "agreement",
-    "max_difference", "reasons", "machine",
+    "weights", "name", "model", "compression", "pretrained", "dataset", "backend", "device", "dtype", "threads",
+    "batch", "size", "params", "nonzero_params", "macs", "file_mb", "onnx_mb", "latency_ms", "latency_iqr_ms",
+    "latency_min_ms", "fps", "runs", "peak_memory_mb", "memory_added_mb", "energy_j", "idle_watts", "miou",
+    "miou_per_ms", "agreement", "max_difference", "reasons", "machine",
 )  # fmt: skip
 
 
@@ -664,6 +655,7 @@ def compression_text(steps):
 def name_rows(rows):
     """Set row["name"]: the network and its compression and, where several share that, whatever tells them apart."""
     parts = [
+        lambda r: r["dataset"] or "no data",
         lambda r: Path(r["weights"]).parent.name if r["weights"] else "untrained",
         lambda r: r["weights"],
         *(lambda r, k=k: r[k] for k in ("backend", "dtype", "device")),
@@ -802,7 +794,7 @@ def draw(rows, path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    scored = any(row["miou"] is not None for row in rows)
+    scored = any(row["miou"] is not None and row["latency_ms"] for row in rows)
     low = 0.27 * len(rows) + 1.0  # inches
     figure = Figure(figsize=(13, (5.2 if scored else 0) + low), layout="constrained")
     FigureCanvasAgg(figure)
@@ -824,6 +816,8 @@ def draw(rows, path):
 
 def draw_scatter(axes, rows, cost, unit, label):
     """Points of mIoU over row[cost] / unit with the Pareto fronts -> [(x, y, text)], what is left to label."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     points = [row for row in rows if row[cost] and row["miou"] is not None]
     groups = list(dict.fromkeys((row["dataset"], *row["size"]) for row in points))
     backends = list(dict.fromkeys(row["backend"] for row in points))
@@ -846,6 +840,9 @@ def draw_scatter(axes, rows, cost, unit, label):
     values = [row[cost] for row in points]
     if max(values) > 8 * min(values):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.12)
     axes.set(xlabel=label, ylabel="mIoU (%)")
     axes.grid(color="0.92")
@@ -853,47 +850,52 @@ def draw_scatter(axes, rows, cost, unit, label):
     axes.spines[["top", "right"]].set_visible(False)
     if len(groups) * len(backends) > 1:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8, frameon=False, borderaxespad=0)
-    merged = {}  # one label where the same point is drawn for several backends
+    texts = {}  # backends may share a point: it is labelled once, with what their names have in common
     for row in points:
-        merged.setdefault((row[cost] / unit, row["miou"]), row["name"])
-    return [(*point, text) for point, text in merged.items()]
+        texts.setdefault((row[cost] / unit, row["miou"]), []).append(row["name"])
+    labels = []
+    for (x, y), names in texts.items():
+        shared = [part for part in names[0].split(", ") if all(part in name.split(", ") for name in names)]
+        labels.append((x, y, ", ".join(shared or names[:1])))
+    return labels
 
 
 def place_labels(axes, points):
-    """Write the text of each (x, y, text) as near to it as it covers no point, no other text and no border.
+    """Write the text of each (x, y, text) as near to it as it covers no point, no line, no other text and no border.
 
     A thin line leads to the point where the text had to go far.
     """
     figure = axes.get_figure(root=True)
     renderer, pixel = figure.canvas.get_renderer(), figure.dpi / 72  # pixels a typographic point
-    inside = axes.get_window_extent(renderer)
+    inside = axes.get_window_extent(renderer).extents
     where = axes.transData.transform([(x, y) for x, y, _ in points])
     taken = [(x - 4 * pixel, y - 4 * pixel, x + 4 * pixel, y + 4 * pixel) for x, y in where]
+    for line in axes.lines:  # the fronts: steps, each first across and then up
+        corners = axes.transData.transform(line.get_xydata())
+        for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+            taken += [(x0, y0 - 1, x1, y0 + 1), (x1 - 1, y0, x1 + 1, y1)]
 
     def overlap(a, b):
         return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
     for (x, y, text), (px, py) in zip(points, where, strict=True):
-        label = axes.annotate(text, (x, y), textcoords="offset points", fontsize=8)
+        label = axes.annotate(text, (x, y), (0, 0), textcoords="offset points", fontsize=8)
         extent = label.get_window_extent(renderer)
-        best = None
-        for distance in (7, 12, 20, 30, 42, 56, 72, 90, 110):  # points
+        choices = []
+        for distance in (7, 12, 18, 25, 34, 45, 60, 80, 100):  # typographic points
             for angle in range(0, 360, 20):
-                dx, dy = (distance * f(math.radians(angle)) for f in (math.cos, math.sin))
-                left = px + dx * pixel - (extent.width if dx < -1e-6 else 0)
-                bottom = py + dy * pixel - extent.height / 2
+                dx, dy = (distance * pixel * f(math.radians(angle)) for f in (math.cos, math.sin))
+                left, bottom = px + dx - (extent.width if dx < 0 else 0), py + dy - extent.height / 2
                 box = (left, bottom, left + extent.width, bottom + extent.height)
-                outside = extent.width * extent.height - overlap(box, inside.extents)
-                cost = (sum(overlap(box, other) for other in taken) + outside, distance)
-                if best is None or cost < best[0]:
-                    best = (cost, box, distance)
-        _, box, distance = best
+                covered = sum(overlap(box, other) for other in taken)
+                covered += extent.width * extent.height - overlap(box, inside)
+                choices.append((round(covered), distance, box))
+        _, distance, box = min(choices)
         taken.append(box)
         label.set_position(((box[0] - px) / pixel, (box[1] - py) / pixel))
         if distance > 12:
-            ends = axes.transData.inverted().transform(
-                [(px, py), (max(box[0], min(px, box[2])), (box[1] + box[3]) / 2)]
-            )
+            near = (max(box[0], min(px, box[2])), max(box[1], min(py, box[3])))
+            ends = axes.transData.inverted().transform([(px, py), near])
             axes.plot(*ends.T, color="0.6", linewidth=0.6, zorder=0, scalex=False, scaley=False)
 
 
@@ -909,10 +911,10 @@ def draw_bars(panels, rows):
             text = "-" if row[key] is None else f"{row[key]:.1f}"
             if key == "miou":
                 alike = [r["miou"] for r in rows if r["dataset"] == row["dataset"] and r["miou"] is not None]
-                text += f"  {row[key] - alike[0]:+.1f}" if alike and row[key] is not None else ""
+                text += f"  {row[key] - alike[0]:+.1f}" if row[key] is not None and row[key] != alike[0] else ""
             end = values[i] + (errors[i] if errors else 0)
             axes.annotate(text, (end, i), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_xlim(0, 1.25 * max(1e-9, *values) if key != "miou" else 125)
+        axes.set_xlim(0, 1.25 * max(1e-9, *values))
         axes.set_title(title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="0.92")
@@ -1012,10 +1014,8 @@ def main(argv=None):
         if row.get("profile"):
             print_profile(row)
         if row["dtype"] == "float32" and (row["agreement"] or 100) < 99:
-            print(
-                f"warning: {row['name']} classes only {row['agreement']:.1f}% of pixels as PyTorch does",
-                file=sys.stderr,
-            )
+            share = f"{row['agreement']:.1f}% of pixels"
+            print(f"warning: {row['name']} puts only {share} into the class that PyTorch does", file=sys.stderr)
     print(f"wrote benchmark.json, .csv, .md and .png to {out}/")
     return rows
 
