@@ -708,7 +708,8 @@ class Mask2FormerHead(nn.Module):
     """Pixel decoder and transformer decoder of Mask2Former (Cheng et al. 2022), from transformers.
 
     Q queries predict a class (or "no object") and a mask each; forward() turns them into logits a pixel, and loss() is
-    what trains them: logits a pixel cannot.
+    what trains them: logits a pixel cannot. Frozen with the backbone are both decoders: the class predictor, the last
+    layer, is what fine-tuning then trains.
     """
 
     stride = 4
@@ -721,6 +722,10 @@ class Mask2FormerHead(nn.Module):
         # transformers keeps these layers in plain lists as well, so that it would not use one put in their place
         predictor.mask_embedder = nn.Sequential(*(nn.Sequential(*m.layers) for m in predictor.mask_embedder.layers))
         self.class_predictor = net.class_predictor
+
+    @property
+    def freezes_too(self):
+        return self.pixel_decoder, self.transformer
 
     def queries(self, features):
         """Feature maps -> [(classes (N, Q, K + 1), masks (N, Q, h, w))] of the decoder's layers, the last one first."""
@@ -931,7 +936,8 @@ class SegmentationModel(nn.Module):
     """Backbone, head and, where asked for, an auxiliary head and a learned upsampling; see the top of this file.
 
     `build` holds the arguments that make the same network again; `pretrained` says whether pretrained weights were
-    loaded into the backbone and, where they were not, `pretrained_error` why.
+    loaded into the backbone and, where they were not, `pretrained_error` why. freeze_backbone: the backbone, and what
+    the head lists as `freezes_too`, keep their weights.
     """
 
     def __init__(self, backbone, head, *, aux_head=None, learned=None, freeze_backbone=False):
@@ -939,14 +945,15 @@ class SegmentationModel(nn.Module):
         self.backbone, self.head, self.aux_head, self.learned = backbone, head, aux_head, learned
         self.channels, self.strides, self.stride = backbone.channels, backbone.strides, max(backbone.strides)
         self.freeze_backbone = freeze_backbone
-        if freeze_backbone:
-            backbone.requires_grad_(False)
+        self.frozen = [backbone, *getattr(head, "freezes_too", ())] if freeze_backbone else []
+        for part in self.frozen:
+            part.requires_grad_(False)
 
     def train(self, mode=True):
-        """Like nn.Module.train(), but a frozen backbone stays in eval mode: its norms must not move."""
+        """Like nn.Module.train(), but what is frozen stays in eval mode: its norms must not move."""
         super().train(mode)
-        if self.freeze_backbone:
-            self.backbone.eval()
+        for part in self.frozen:
+            part.eval()
         return self
 
     def encode(self, images):
