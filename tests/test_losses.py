@@ -764,14 +764,16 @@ def test_each_trick_of_the_recipe_can_be_turned_off_alone(describe):
 )
 def test_flags_reach_the_loss(flags, name, options, tmp_path, monkeypatch):
     import datasets
+    import models
     import train
 
     monkeypatch.setattr(train.evaluate, "plot_class_distribution", lambda *parts: None)
     args = train.get_parser().parse_args(flags.split())
     train_set = datasets.open_dataset("synthetic", "train", size=(28, 42), length=2)
+    model = models.build_model(num_classes=19, backbone="dinov2-tiny", head="linear")
     logits, target = blocks(19)
     expected = make(name, **options)(logits, target)
-    assert torch.equal(train.make_loss(args, train_set, tmp_path)(logits, target), expected)
+    assert torch.equal(train.make_loss(args, model, train_set, tmp_path)(logits, target), expected)
     assert expected != make(name)(logits, target)
 
 
