@@ -282,9 +282,8 @@ def _build_mobilenet(row, taps, output_stride, load):
 
 def _build_swin(row, taps, _output_stride, load):
     def make(weights=None):
-        net = torchvision.models.SwinTransformer(
-            [4, 4], window_size=[7, 7], stochastic_depth_prob=0.2, **row.numbers
-        )  # what torchvision.models.swin_t() gives, of any width
+        # what torchvision.models.swin_t() makes, which takes no width
+        net = torchvision.models.SwinTransformer([4, 4], window_size=[7, 7], stochastic_depth_prob=0.2, **row.numbers)
         if weights is not None:
             net.load_state_dict(weights.get_state_dict(check_hash=True))
         return net
@@ -627,7 +626,7 @@ def _build_lite_deeplabv3(_row, num_classes, load, *, norm, dropout, output_stri
 
 
 def _build_segformer(row, num_classes, load, *, norm, dropout):
-    """SegFormer (Xie et al. 2021); pretrained: trained on ADE20K, of whose 150 classes the classifier is not taken."""
+    """SegFormer (Xie et al. 2021); pretrained: trained on ADE20K, 150 classes; another K starts a new classifier."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     def scratch():
