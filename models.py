@@ -14,6 +14,7 @@ there and build_model(), the command lines, and the tests know it.
 
 import contextlib
 import datetime
+import functools
 import inspect
 import itertools
 import math
@@ -100,6 +101,22 @@ class ConvBackbone(nn.Module):
         return features[-len(self.channels) :]
 
 
+class Swin(ConvBackbone):
+    """Swin Transformer (Liu et al. 2021): stages that give (N, H, W, C), LayerNorm-ed as in its segmentation code.
+
+    The deepest map has the norm before the classifier. The norms of the others have no scale and shift: the head's next
+    layer has its own, and a head that reads the deepest map alone would leave them without a gradient.
+    """
+
+    def __init__(self, stages, channels, strides, norms):
+        super().__init__(stages, channels, strides)
+        self.norms = nn.ModuleList(norms)
+
+    def forward(self, x):
+        features = super().forward(x)
+        return [norm(f).permute(0, 3, 1, 2) for norm, f in zip(self.norms, features, strict=True)]
+
+
 class Dinov2(nn.Module):
     """DINOv2 (Oquab et al. 2023) from transformers: LayerNorm-ed patch tokens of the tapped layers as feature maps.
 
@@ -125,7 +142,8 @@ def _dilate(stage, dilation):
     """Give up the stride of a stage and dilate what follows it (Yu and Koltun 2016).
 
     The convolution that had the stride still looks at undilated input, so it keeps half of the stage's dilation, as in
-    torchvision's replace_stride_with_dilation, which BasicBlock and MobileNet do not offer.
+    torchvision's replace_stride_with_dilation, which BasicBlock and MobileNet do not offer. (torchvision's dilated
+    MobileNetV3 dilates that one too, which moves what pretrained weights look at.)
     """
     for conv in (m for m in stage.modules() if isinstance(m, nn.Conv2d)):
         d = dilation
@@ -157,11 +175,7 @@ def _build_dinov2(row, taps, _output_stride, load):
             _start_transformer(body, numbers["hidden_size"], numbers["num_attention_heads"])
         return body
 
-    body, loaded = load(
-        scratch=scratch,
-        local=lambda path: _load_transformers(Dinov2Backbone, path, numbers, out),
-        hub=lambda offline: Dinov2Backbone.from_pretrained(row.weights, out_indices=out, local_files_only=offline),
-    )
+    body, loaded = _transformers_body(Dinov2Backbone, row, load, scratch, out_indices=out)
     return Dinov2(body, numbers["hidden_size"], taps), loaded
 
 
@@ -186,23 +200,56 @@ def _start_transformer(body, width, heads):
         attention.o_proj.weight.copy_(-v.mT)
 
 
-def _load_transformers(cls, path, numbers, out):
-    """A model that save_pretrained() wrote; its shape must be that of the table row."""
-    model = cls.from_pretrained(path, out_indices=out, local_files_only=True)
+def _transformers_body(cls, row, load, scratch, **options):
+    """A model of the transformers library, with the weights of the row's hub name where `load` finds them."""
+    return load(
+        scratch=scratch,
+        local=lambda path: _load_transformers(cls, path, row.numbers, **options),
+        hub=lambda offline: cls.from_pretrained(row.weights, local_files_only=offline, **options),
+    )
+
+
+def _load_transformers(cls, path, numbers, **options):
+    """A model that save_pretrained() wrote; its shape must be that of the table row, and no tensor may be missing."""
+    kind, wanted = cls.config_class.get_config_dict(path)[0].get("model_type"), cls.config_class.model_type
+    if kind != wanted:
+        raise ModelError(f"--pretrained {path}: its config.json is of a {kind}, the chosen network is a {wanted}")
+    model, info = cls.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
     wrong = {k: getattr(model.config, k) for k, v in numbers.items() if getattr(model.config, k) != v}
     if wrong:
-        raise ModelError(f"--pretrained {path}: its config.json has {wrong}, the chosen backbone needs {numbers}")
+        raise ModelError(f"--pretrained {path}: its config.json has {wrong}, the chosen network needs {numbers}")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"--pretrained {path}: {len(missing)} tensors are not there, {missing[0]} for one")
     return model
 
 
-def _torchvision_body(row, load):
-    """A torchvision classifier, with its ImageNet weights where `load` finds them."""
+def _build_mit(row, taps, _output_stride, load):
+    from transformers import SegformerConfig, SegformerModel
+
+    def scratch():
+        return _start_mit(SegformerModel(SegformerConfig(**row.numbers)))
+
+    body, loaded = _transformers_body(SegformerModel, row, load, scratch)
+    return ConvBackbone(body.stages, row.numbers["hidden_sizes"][-taps:], [4, 8, 16, 32][-taps:]), loaded
+
+
+def _start_mit(body):
+    """First weights of convolutions as in SegFormer's code: transformers' own all but shut the depthwise ones."""
+    for conv in (m for m in body.modules() if isinstance(m, nn.Conv2d)):
+        fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
+        nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
+    return body
+
+
+def _torchvision_body(row, load, make=None):
+    """A torchvision classifier, made by make(weights=None), with its ImageNet weights where `load` finds them."""
     weights = torchvision.models.get_model_weights(row.weights).DEFAULT
-    make = lambda weights=None: torchvision.models.get_model(row.weights, weights=weights)  # noqa: E731
+    make = make or functools.partial(torchvision.models.get_model, row.weights)
     return load(
         scratch=make,
         local=lambda path: _with_weights(make(), path),
-        hub=lambda offline: make(_cached(weights, offline)),
+        hub=lambda offline: make(weights=_cached(weights, offline)),
     )
 
 
@@ -228,12 +275,26 @@ def _build_resnet(row, taps, output_stride, load):
     return ConvBackbone(stages, list(row.numbers["channels"])[-taps:], strides[-taps:]), loaded
 
 
-def _build_mobilenet_v2(row, taps, output_stride, load):
+def _build_mobilenet(row, taps, output_stride, load):
     net, loaded = _torchvision_body(row, load)
-    cuts = [0, 4, 7, 14, 18]  # the 1x1 convolution to 1280 channels that follows serves the classifier: left out
-    stages = [net.features[a:b] for a, b in itertools.pairwise(cuts)]
+    stages = [net.features[a:b] for a, b in itertools.pairwise(row.numbers["cuts"])]
     strides = _dilated_strides(stages, [4, 8, 16, 32], output_stride)
     return ConvBackbone(stages, list(row.numbers["channels"])[-taps:], strides[-taps:]), loaded
+
+
+def _build_swin(row, taps, _output_stride, load):
+    def make(weights=None):
+        # what torchvision.models.swin_t() makes, which takes no width
+        net = torchvision.models.SwinTransformer([4, 4], window_size=[7, 7], stochastic_depth_prob=0.2, **row.numbers)
+        if weights is not None:
+            net.load_state_dict(weights.get_state_dict(check_hash=True))
+        return net
+
+    net, loaded = _torchvision_body(row, load, make)
+    stages = [net.features[a:b] for a, b in ((0, 2), (2, 4), (4, 6), (6, 8))]  # each begins with the halving
+    channels = [row.numbers["embed_dim"] * 2**i for i in range(4)][-taps:]
+    norms = [*(nn.LayerNorm(c, elementwise_affine=False) for c in channels[:-1]), net.norm]
+    return Swin(stages, channels, [4, 8, 16, 32][-taps:], norms), loaded
 
 
 @dataclass(frozen=True)
@@ -259,6 +320,15 @@ def _resnet(depth, *channels):
     return BackboneRow(_build_resnet, f"resnet{depth}", dict(channels=channels))
 
 
+def _mobilenet(name, channels, cuts):
+    return BackboneRow(_build_mobilenet, name, dict(channels=channels, cuts=cuts))
+
+
+def _mit(size, hidden_sizes, depths):
+    numbers = dict(hidden_sizes=hidden_sizes, depths=depths, num_attention_heads=[1, 2, 5, 8], sr_ratios=[8, 4, 2, 1])
+    return BackboneRow(_build_mit, f"nvidia/mit-{size}", numbers, dilatable=False)
+
+
 BACKBONES = {
     "dinov2-small": _dino("small", 384, 6, 12),
     "dinov2-base": _dino("base", 768, 12, 12),
@@ -268,7 +338,19 @@ BACKBONES = {
     "resnet34": _resnet(34, 64, 128, 256, 512),
     "resnet50": _resnet(50, 256, 512, 1024, 2048),
     "resnet101": _resnet(101, 256, 512, 1024, 2048),
-    "mobilenet_v2": BackboneRow(_build_mobilenet_v2, "mobilenet_v2", dict(channels=(24, 32, 96, 320))),
+    # MobileNetV2's last 1x1 convolution serves the classifier and is left out. MobileNetV3's is kept, as in
+    # torchvision's segmentation networks: the 160 channels before it are a bottleneck without an activation.
+    "mobilenet_v2": _mobilenet("mobilenet_v2", (24, 32, 96, 320), (0, 4, 7, 14, 18)),
+    "mobilenet_v3_large": _mobilenet("mobilenet_v3_large", (24, 40, 112, 960), (0, 4, 7, 13, 17)),
+    "swin_t": BackboneRow(
+        _build_swin, "swin_t", dict(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24]), dilatable=False
+    ),
+    "mit-b0": _mit("b0", [32, 64, 160, 256], [2, 2, 2, 2]),
+    "mit-b1": _mit("b1", [64, 128, 320, 512], [2, 2, 2, 2]),
+    "mit-b2": _mit("b2", [64, 128, 320, 512], [3, 4, 6, 3]),
+    "mit-b3": _mit("b3", [64, 128, 320, 512], [3, 4, 18, 3]),
+    "mit-b4": _mit("b4", [64, 128, 320, 512], [3, 8, 27, 3]),
+    "mit-b5": _mit("b5", [64, 128, 320, 512], [3, 6, 40, 3]),
 }
 
 
@@ -288,6 +370,7 @@ class TapHead(nn.Module):
 
     `linear` (the linear probe of Oquab et al. 2023, section 7.4): normalisation, and no mixing.
     `fpn`: 1x1 convolutions to 256 channels, mixed by two 3x3 convolutions.
+    `segformer`: the all-MLP decoder (Xie et al. 2021, section 3.2), whose linear layers are 1x1 convolutions.
     """
 
     def __init__(self, laterals, widths, mix, mixed, strides, num_classes, dropout, fuse):
@@ -318,6 +401,12 @@ def fpn_head(channels, strides, num_classes, norm, dropout, fuse=True, width=256
         conv_norm_relu(width, width, 3, norm, bias=True),
     )
     return TapHead(laterals, [width] * len(channels), mix, width, strides, num_classes, dropout, fuse)
+
+
+def segformer_head(channels, strides, num_classes, norm, dropout, width=256):
+    laterals = [nn.Conv2d(c, width, 1) for c in channels]
+    mix = conv_norm_relu(width * len(channels), width, 1, norm)
+    return TapHead(laterals, [width] * len(channels), mix, width, strides, num_classes, dropout, fuse=True)
 
 
 class UnetHead(nn.Module):
@@ -369,24 +458,56 @@ class PpmHead(nn.Module):
         return self.classifier(self.mix(torch.cat([x, *(resize_to(p, x.shape[-2:]) for p in pooled)], dim=1)))
 
 
-class AsppHead(nn.Module):
-    """Atrous spatial pyramid pooling with rates 1, 2, 3, 6 and image pooling (Chen et al. 2017, section 3.3).
+class Aspp(nn.Module):
+    """Atrous spatial pyramid pooling: parallel dilated 3x3 convolutions and image pooling, mixed to `width` channels.
 
     Rate 1 is a 1x1 convolution; the image-pooling branch has no normalisation, as in PpmHead.
     """
 
-    def __init__(self, channels, strides, num_classes, norm, dropout, rates=(1, 2, 3, 6), width=256):
+    def __init__(self, channels, norm, rates, width):
         super().__init__()
-        c, self.stride = channels[-1], strides[-1]
-        self.branches = nn.ModuleList(conv_norm_relu(c, width, 1 if r == 1 else 3, norm, dilation=r) for r in rates)
-        self.pool = conv_norm_relu(c, width, 1, "none")
+        self.branches = nn.ModuleList(
+            conv_norm_relu(channels, width, 1 if r == 1 else 3, norm, dilation=r) for r in rates
+        )
+        self.pool = conv_norm_relu(channels, width, 1, "none")
         self.mix = conv_norm_relu(width * (len(rates) + 1), width, 1, norm)
+
+    def forward(self, x):
+        pooled = self.pool(x.mean((-2, -1), keepdim=True)).expand(-1, -1, *x.shape[-2:])
+        return self.mix(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1))
+
+
+class AsppHead(Aspp):
+    """ASPP with rates 1, 2, 3, 6 (Chen et al. 2017, section 3.3) on the deepest tap."""
+
+    def __init__(self, channels, strides, num_classes, norm, dropout, rates=(1, 2, 3, 6), width=256):
+        super().__init__(channels[-1], norm, rates, width)
+        self.stride = strides[-1]
         self.classifier = Classifier(width, num_classes, dropout)
 
     def forward(self, features):
-        x = features[-1]
-        pooled = self.pool(x.mean((-2, -1), keepdim=True)).expand(-1, -1, *x.shape[-2:])
-        return self.classifier(self.mix(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1)))
+        return self.classifier(super().forward(features[-1]))
+
+
+class DeepLabV3PlusHead(nn.Module):
+    """ASPP on the deepest tap, refined by the finest, which 48 channels stand for (Chen et al. 2018, section 3.1).
+
+    The rates are the paper's 1, 6, 12, 18 for stride 16, twice as much for stride 8.
+    """
+
+    def __init__(self, channels, strides, num_classes, norm, dropout, width=256, low=48):
+        super().__init__()
+        self.stride = strides[0]
+        scale = max(1, 16 // strides[-1])
+        self.aspp = Aspp(channels[-1], norm, (1, 6 * scale, 12 * scale, 18 * scale), width)
+        self.low = conv_norm_relu(channels[0], low, 1, norm)
+        self.mix = nn.Sequential(conv_norm_relu(width + low, width, 3, norm), conv_norm_relu(width, width, 3, norm))
+        self.classifier = Classifier(width, num_classes, dropout)
+
+    def forward(self, features):
+        low = self.low(features[0])
+        deep = resize_to(self.aspp(features[-1]), low.shape[-2:])
+        return self.classifier(self.mix(torch.cat([deep, low], dim=1)))
 
 
 class OcrHead(nn.Module):
@@ -434,15 +555,21 @@ class AuxHead(nn.Sequential):
         return super().forward(features[-2])
 
 
-class FcnHead(nn.Sequential):
-    """3x3 convolution to a quarter of the channels on the deepest tap, as in torchvision (Long et al. 2015)."""
+class PlainHead(nn.Sequential):
+    """Layers on the deepest tap, one after the other, then the classifier."""
 
-    def __init__(self, channels, strides, num_classes, norm, dropout):
-        c, self.stride = channels[-1] // 4, strides[-1]
-        super().__init__(conv_norm_relu(channels[-1], c, 3, norm), Classifier(c, num_classes, dropout))
+    def __init__(self, stride, layers, width, num_classes, dropout):
+        super().__init__(*layers, Classifier(width, num_classes, dropout))
+        self.stride = stride
 
     def forward(self, features):
         return super().forward(features[-1])
+
+
+def fcn_head(channels, strides, num_classes, norm, dropout):
+    """3x3 convolution to a quarter of the channels, as in torchvision (Long et al. 2015)."""
+    c = channels[-1] // 4
+    return PlainHead(strides[-1], [conv_norm_relu(channels[-1], c, 3, norm)], c, num_classes, dropout)
 
 
 @dataclass(frozen=True)
@@ -461,7 +588,9 @@ HEADS = {
     "ppm": HeadRow(PpmHead, output_stride=8),
     "aspp": HeadRow(AsppHead, output_stride=8),
     "ocr": HeadRow(OcrHead, output_stride=8),
-    "fcn": HeadRow(FcnHead, output_stride=8),
+    "fcn": HeadRow(fcn_head, output_stride=8),
+    "deeplabv3plus": HeadRow(DeepLabV3PlusHead, output_stride=16),
+    "segformer": HeadRow(segformer_head),
 }
 
 
@@ -478,23 +607,54 @@ def _build_fcn_resnet50(row, num_classes, load, *, norm, dropout):
     net, loaded = load(
         scratch=make,
         local=lambda path: _with_weights(make(), path),
-        hub=lambda offline: make(_cached(weights, offline)),
+        hub=lambda offline: make(weights=_cached(weights, offline)),
     )
     body = net.backbone
     stem = nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool)
     stages = [nn.Sequential(stem, body.layer1), body.layer2, body.layer3, body.layer4]
     backbone = ConvBackbone(stages, [256, 512, 1024, 2048], [4, 8, 8, 8])
-    head = FcnHead(backbone.channels, backbone.strides, num_classes, norm, dropout)
+    head = fcn_head(backbone.channels, backbone.strides, num_classes, norm, dropout)
     if loaded[0] and norm == "batch":
         _copy_in_order(net.classifier, head)
     return backbone, head, loaded
 
 
+def _build_lite_deeplabv3(_row, num_classes, load, *, norm, dropout, output_stride):
+    """DeepLabV3 with one dilated convolution in place of the pyramid, on MobileNetV3-Large at stride 16."""
+    row = BACKBONES["mobilenet_v3_large"]
+    backbone, loaded = row.build(row, 4, output_stride or 16, load)
+    layers = [conv_norm_relu(960, 256, 1, norm), conv_norm_relu(256, 256, 3, norm, dilation=6)]
+    return backbone, PlainHead(backbone.strides[-1], layers, 256, num_classes, dropout), loaded
+
+
+def _build_segformer(row, num_classes, load, *, norm, dropout):
+    """SegFormer (Xie et al. 2021); pretrained: trained on ADE20K, 150 classes; another K starts a new classifier."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    def scratch():
+        net = SegformerForSemanticSegmentation(SegformerConfig(**row.numbers))
+        _start_mit(net.segformer)
+        return net
+
+    net, loaded = _transformers_body(SegformerForSemanticSegmentation, row, load, scratch)
+    channels, width = row.numbers["hidden_sizes"], row.numbers["decoder_hidden_size"]
+    backbone = ConvBackbone(net.segformer.stages, channels, [4, 8, 16, 32])
+    head = segformer_head(channels, backbone.strides, num_classes, norm, dropout, width)
+    if loaded[0] and norm == "batch":
+        fuse = net.decode_head.linear_fuse.weight  # its input has the deepest tap first, ours the finest
+        fuse.data = fuse.data.unflatten(1, (len(channels), width)).flip(1).flatten(1, 2)
+        _copy_in_order(net.decode_head, head)
+    return backbone, head, loaded
+
+
 def _copy_in_order(source, target):
-    """Copy weights between modules with the same layers under other names; those of another shape (K) stay."""
+    """Copy weights between modules with the same layers under other names; those of another width (K) stay.
+
+    A Linear layer's weight fills that of a 1x1 convolution.
+    """
     own = target.state_dict()
     pairs = zip(own.items(), source.state_dict().values(), strict=True)
-    target.load_state_dict({k: new if new.shape == old.shape else old for (k, old), new in pairs})
+    target.load_state_dict({k: new.view_as(old) if new.shape[:2] == old.shape[:2] else old for (k, old), new in pairs})
 
 
 def _double_conv(c_in, c_out, norm):
@@ -913,6 +1073,11 @@ class NetworkRow:
     options: tuple = ("norm", "dropout")
 
 
+def _segformer(size, decoder_hidden_size, pretrained_on="ade-512-512"):
+    numbers = BACKBONES[f"mit-{size}"].numbers | dict(decoder_hidden_size=decoder_hidden_size)
+    return NetworkRow(_build_segformer, f"nvidia/segformer-{size}-finetuned-{pretrained_on}", numbers)
+
+
 def _mask2former(name, embed_dim, depths, num_heads, window_size):
     numbers = dict(embed_dim=embed_dim, depths=depths, num_heads=num_heads, window_size=window_size)
     return NetworkRow(_build_mask2former, f"facebook/mask2former-swin-{name}-cityscapes-semantic", numbers, options=())
@@ -920,6 +1085,13 @@ def _mask2former(name, embed_dim, depths, num_heads, window_size):
 
 NETWORKS = {
     "fcn_resnet50": NetworkRow(_build_fcn_resnet50, options=("norm", "dropout", "aux")),
+    "lite_deeplabv3": NetworkRow(_build_lite_deeplabv3, options=("norm", "dropout", "output_stride")),
+    "segformer-b0": _segformer("b0", 256),
+    "segformer-b1": _segformer("b1", 256),
+    "segformer-b2": _segformer("b2", 768),
+    "segformer-b3": _segformer("b3", 768),
+    "segformer-b4": _segformer("b4", 768),
+    "segformer-b5": _segformer("b5", 768, "ade-640-640"),
     "unet": NetworkRow(_build_unet, options=("norm", "dropout", "width")),
     "enet": NetworkRow(_build_enet, options=()),
     "fcn_maxunpool": NetworkRow(_build_fcn_maxunpool, numbers=dict(channels=(64, 128, 256, 512, 2048))),
@@ -1067,7 +1239,10 @@ def _build_pair(backbone, head, num_classes, load, options):
     if not (options["fuse"] or head_row.fusable):
         raise ModelError(f"--no-fuse is for {', '.join(n for n, r in HEADS.items() if r.fusable)}, not {head}")
     if options["output_stride"] and not row.dilatable:
-        raise ModelError(f"--output-stride: the stride of {backbone} is its patch size")
+        dilatable = ", ".join(n for n, r in BACKBONES.items() if r.dilatable)
+        raise ModelError(
+            f"--output-stride: {backbone} has strides that dilation cannot replace; choose one of {dilatable}"
+        )
     if options["width"] is not None:
         known = [name for name, network in NETWORKS.items() if "width" in network.options]
         raise ModelError(f"--width is for --model {', '.join(known)}, not for --backbone and --head")
@@ -1110,7 +1285,7 @@ def _loader(pretrained):
                 return local(pretrained), (True, None)
             except (OSError, RuntimeError, ValueError) as error:
                 line = " ".join(str(error).split())[:300]
-                raise ModelError(f"--pretrained {pretrained} does not hold this backbone's weights: {line}") from error
+                raise ModelError(f"--pretrained {pretrained} does not hold this network's weights: {line}") from error
         try:
             with contextlib.suppress(OSError):
                 return hub(True), (True, None)  # cached: no network needed

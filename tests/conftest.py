@@ -7,13 +7,24 @@ import pytest
 import models
 
 
+def add_row(table, name, like, **numbers):
+    """Row `name`: what the row `like` builds, with other numbers."""
+    table[name] = dataclasses.replace(table[like], numbers=table[like].numbers | numbers)
+
+
 @pytest.fixture(autouse=True)
-def tiny_row():
-    """BACKBONES["dinov2-tiny"]: 4 layers of width 32, built by the same code as the real ones."""
-    numbers = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4, "use_swiglu_ffn": False}
-    models.BACKBONES["dinov2-tiny"] = dataclasses.replace(models.BACKBONES["dinov2-small"], numbers=numbers)
+def tiny_rows():
+    """Rows of a few layers of width 32 or less, built by the same code as the real ones; gone after the test."""
+    before = dict(models.BACKBONES), dict(models.NETWORKS)
+    mit = dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 3, 4])
+    add_row(models.BACKBONES, "dinov2-tiny", "dinov2-small", hidden_size=32, num_attention_heads=2, num_hidden_layers=4)
+    add_row(models.BACKBONES, "swin-mini", "swin_t", embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4])
+    add_row(models.BACKBONES, "mit-tiny", "mit-b0", **mit)
+    add_row(models.NETWORKS, "segformer-tiny", "segformer-b0", **mit, decoder_hidden_size=32)
     yield
-    del models.BACKBONES["dinov2-tiny"]
+    for table, rows in zip((models.BACKBONES, models.NETWORKS), before, strict=True):
+        table.clear()
+        table.update(rows)
 
 
 @pytest.fixture(autouse=True)

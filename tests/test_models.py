@@ -1,5 +1,6 @@
 """Networks: the contract for every row, published numbers, torchvision and transformers as oracles, checkpoints."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -11,15 +12,23 @@ import torchvision
 from torch import nn
 
 import models
-from models import BACKBONES, HEADS, ModelError, build_model, count_params, load_checkpoint, save_checkpoint
+from models import BACKBONES, HEADS, NETWORKS, ModelError, build_model, count_params, load_checkpoint, save_checkpoint
 
-TRAINABLE_HERE = ["dinov2-tiny", "resnet18", "mobilenet_v2"]  # one of each builder; ResNet-50 against torchvision below
+# One backbone of each builder, small enough to train here, with every head. test_every_row() goes through the tables.
+TRAINABLE_HERE = ["dinov2-tiny", "resnet18", "mobilenet_v2", "swin-mini", "mit-tiny"]
+NETS = [dict(backbone=backbone, head=head) for backbone in TRAINABLE_HERE for head in HEADS]
+NETS += [dict(backbone="mobilenet_v3_large", head="deeplabv3plus"), dict(model="segformer-tiny")]
+ROWS = [dict(backbone=name, head="linear") for name in BACKBONES] + [dict(model=name) for name in NETWORKS]
+SMALL = 8_000_000  # parameters up to which test_every_row() computes with a row
+BIG = 500_000_000  # parameters from which no test does: DINOv2-giant
 DATA = {"name": "toy", "classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3, "size": [32, 32], "ignore_index": 255}
 
 
-def build(backbone="dinov2-tiny", head="fpn", num_classes=3, **options):
+def build(backbone=None, head=None, num_classes=3, model=None, **options):
     torch.manual_seed(0)
-    return build_model(num_classes=num_classes, backbone=backbone, head=head, **options)
+    if model is None:
+        backbone, head = backbone or "dinov2-tiny", head or "fpn"
+    return build_model(num_classes=num_classes, backbone=backbone, head=head, model=model, **options)
 
 
 def save(path, model, **options):
@@ -34,10 +43,8 @@ def on_meta(**options):
 # ---- the contract ----
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("backbone", TRAINABLE_HERE)
-def test_any_size_in_logits_of_that_size_out_and_gradients_everywhere(backbone, head):
-    model = build(backbone, head)
+def check_any_size_in_logits_of_that_size_out_and_gradients_everywhere(net, _path):
+    model = build(**net)
     images = torch.randn(2, 3, 45, 61)
     features = model.encode(images)
     padded = [n + -n % model.stride for n in (45, 61)]
@@ -53,45 +60,91 @@ def test_any_size_in_logits_of_that_size_out_and_gradients_everywhere(backbone, 
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("backbone", TRAINABLE_HERE)
-def test_forward_is_encode_decode_resize_and_padding_is_cropped(backbone, head):
-    model = build(backbone, head).eval()
+def check_forward_is_encode_decode_resize_and_padding_is_cropped(net, _path):
+    model = build(**net).eval()
     images = torch.randn(1, 3, 50, 70)
     with torch.inference_mode():
         by_hand = model.resize(model.decode(model.encode(images)), (50, 70))
         padded = F.pad(images, (0, -70 % model.stride, 0, -50 % model.stride))
-        torch.testing.assert_close(model(images), by_hand)
-        torch.testing.assert_close(model(images), model(padded)[..., :50, :70])
+        logits = model(images)
+        torch.testing.assert_close(logits, by_hand)
+        torch.testing.assert_close(logits, model(padded)[..., :50, :70])
+        channels_last = model(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(logits, channels_last, rtol=1e-4, atol=1e-4 * max(1, logits.abs().max().item()))
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_one_training_step_lowers_the_loss_also_with_a_batch_of_one(head):
-    for backbone in ("dinov2-tiny", "mobilenet_v2"):
-        model = build(backbone, head, dropout=0.0, norm="batch")
-        images, target = torch.randn(1, 3, 64, 64), torch.randint(3, (1, 64, 64))
-        losses = []
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-        for _ in range(3):
-            loss = F.cross_entropy(model(images), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0]
+def check_one_training_step_lowers_the_loss_also_with_a_batch_of_one(net, _path):
+    model = build(**net)
+    images, target = torch.randn(1, 3, 128, 128), torch.randint(3, (1, 128, 128))
+    losses = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        torch.manual_seed(0)  # the same layers are dropped each time, where a transformer drops some
+        loss = F.cross_entropy(model(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("backbone", TRAINABLE_HERE)
-def test_bfloat16_autocast_is_finite_and_close(backbone, head):
-    model = build(backbone, head).eval()
+def check_bfloat16_autocast_is_finite_and_close(net, _path):
+    model = build(**net).eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         exact = model(images)
         with torch.autocast("cpu", torch.bfloat16):
             rough = model(images)
     assert rough.isfinite().all()
-    assert (rough.float() - exact).abs().max() < 0.15 * max(1.0, exact.abs().max().item())
+    if count_params(model)[0] < 50_000_000:  # bigger ones of random weights amplify any rounding
+        assert (rough.float() - exact).abs().max() < 0.15 * max(1.0, exact.abs().max().item())
+
+
+def check_a_checkpoint_gives_the_same_outputs(net, path):
+    model = build(**net).eval()
+    with torch.no_grad():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():  # Swin keeps indices in one
+                buffer.add_(1)
+    save(path / "a.pt", model, metrics={"miou": 1.5})
+    (path / "a.pt").rename(path / "renamed.bin")  # nothing is decided from a name
+    loaded, checkpoint = load_checkpoint(path / "renamed.bin")
+    images = torch.randn(1, 3, 33, 47)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), model(images))
+    assert not loaded.training
+    assert checkpoint["metrics"] == {"miou": 1.5}
+    assert checkpoint["data"] == DATA
+    assert torch.load(path / "renamed.bin", weights_only=True)["format"] == models.FORMAT
+
+
+CONTRACT = [check for name, check in list(globals().items()) if name.startswith("check_")]
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__[6:])
+@pytest.mark.parametrize("net", NETS, ids=models.model_name)
+def test_the_contract(check, net, tmp_path):
+    check(net, tmp_path)
+
+
+@pytest.mark.parametrize("net", ROWS, ids=models.model_name)
+def test_every_row(net, tmp_path):
+    """Shapes of every row without computing (so the biggest, too); small ones go through the whole contract."""
+    model = on_meta(num_classes=5, **net)
+    # the meta device has no values, which some operations need to tell the shape of their result
+    with torch.no_grad(), contextlib.suppress(NotImplementedError):
+        assert model(torch.empty(2, 3, 45, 61, device="meta")).shape == (2, 5, 45, 61)
+    if count_params(model)[0] <= SMALL:
+        for check in CONTRACT:
+            check(net, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__[6:])
+@pytest.mark.parametrize("net", ROWS, ids=models.model_name)
+def test_every_big_row_for_real(check, net, tmp_path):
+    if SMALL < count_params(on_meta(num_classes=3, **net))[0] < BIG:
+        check(net, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -226,12 +279,46 @@ def test_dinov2_sizes(name, millions):
     assert count_params(model.backbone)[0] == millions
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    ("name", "millions"),  # of SegFormer's own code with 19 classes; the paper (Table 1) rounds: 3.8, 27.5, 84.7
+    [("b0", 3.72), ("b1", 13.68), ("b2", 27.36), ("b3", 47.24), ("b4", 64.01), ("b5", 84.61)],
+)
+def test_segformer_sizes(name, millions):
+    model = on_meta(num_classes=19, model=f"segformer-{name}")
+    assert round(count_params(model)[0] / 1e6, 2) == millions
+    backbone = on_meta(num_classes=19, backbone=f"mit-{name}", head="segformer").backbone
+    assert count_params(model.backbone) == count_params(backbone)
+
+
+def test_fcn_resnet50_and_lite_deeplabv3_sizes():
+    with torch.device("meta"):
+        oracle = torchvision.models.segmentation.fcn_resnet50(weights_backbone=None, num_classes=21, aux_loss=True)
+    aux = on_meta(num_classes=21, model="fcn_resnet50", aux=True)
+    assert count_params(aux)[0] == count_params(oracle)[0] == 35_322_218
+    assert count_params(on_meta(num_classes=21, model="fcn_resnet50"))[0] == 32_957_013
+    lite = on_meta(num_classes=21, model="lite_deeplabv3")
+    assert count_params(lite.backbone)[0] == 2_971_952  # torchvision's mobilenet_v3_large without its classifier
+    head = 960 * 256 + 256 * 256 * 9 + 2 * 2 * 256 + 256 * 21 + 21
+    assert count_params(lite)[0] == 2_971_952 + head == 3_813_957
+
+
+def test_swin_is_torchvisions_without_the_classifier():
+    model = on_meta(num_classes=19, backbone="swin_t", head="linear")
+    with torch.device("meta"):
+        whole = torchvision.models.swin_t()
+    assert count_params(model.backbone)[0] == count_params(whole)[0] - count_params(whole.head)[0] == 27_519_354
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "mobilenet_v3_large"]
+)
 def test_convolutional_backbones_are_torchvisions_without_the_classifier(name):
     model = on_meta(num_classes=19, backbone=name, head="linear")
     with torch.device("meta"):
         whole = torchvision.models.get_model(name)
-    dropped = whole.fc if name.startswith("resnet") else nn.ModuleList([whole.features[18], whole.classifier])
+    dropped = whole.fc if name.startswith("resnet") else whole.classifier
+    if name == "mobilenet_v2":  # its last 1x1 convolution serves the classifier
+        dropped = nn.ModuleList([whole.features[18], whole.classifier])
     assert count_params(model.backbone)[0] == count_params(whole)[0] - count_params(dropped)[0]
 
 
@@ -252,7 +339,105 @@ def test_dilated_resnet50_equals_torchvision(output_stride):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def copy_weights(source, target):
+    """Weights and statistics of a module with the same layers under other names."""
+    target.load_state_dict(dict(zip(target.state_dict(), source.state_dict().values(), strict=True)))
+
+
+def shake(module):
+    """Norms that do something: random scales, shifts and running statistics."""
+    with torch.no_grad():
+        for norm in (m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))):
+            for tensor in norm.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.uniform_(0.5, 1.5)
+    return module
+
+
+@pytest.mark.parametrize("output_stride", [16, 32])
+def test_mobilenet_v3_features_equal_torchvisions(output_stride):
+    torch.manual_seed(0)
+    features = shake(torchvision.models.mobilenet_v3_large(dilated=output_stride == 16).eval().features)
+    if output_stride == 16:  # torchvision dilates also the layer that had the stride; ours, as in ResNets, does not
+        depthwise = features[13].block[1][0]
+        assert (depthwise.stride, depthwise.dilation, depthwise.padding) == ((1, 1), (2, 2), (4, 4))
+        depthwise.dilation, depthwise.padding = (1, 1), (2, 2)
+    backbone = build("mobilenet_v3_large", "linear", output_stride=output_stride).eval().backbone
+    copy_weights(features, backbone)
+    getter = torchvision.models._utils.IntermediateLayerGetter
+    wanted = getter(features, {"3": "4", "6": "8", "12": "16", "16": "32"})  # the layers before each stride, the last
+    x = torch.randn(1, 3, 64, 96)
+    for ours, theirs in zip(backbone(x), wanted(x).values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large"])
+def test_a_dilated_backbone_computes_what_pretrained_weights_mean_at_more_places(name, monkeypatch):
+    """Every 2nd or 4th place of a dilated map is the undilated map, once squeeze-excitation does not pool it."""
+    monkeypatch.setattr(torchvision.ops.SqueezeExcitation, "forward", lambda self, x: x)
+    plain = shake(build(name, "linear", output_stride=32)).eval().backbone
+    x = torch.randn(1, 3, 96, 128)
+    for stride in (8, 16):
+        dilated = build(name, "linear", output_stride=stride).eval().backbone
+        dilated.load_state_dict(plain.state_dict())
+        for coarse, fine in zip(plain(x), dilated(x), strict=True):
+            step = fine.shape[-1] // coarse.shape[-1]
+            torch.testing.assert_close(fine[..., ::step, ::step], coarse, rtol=1e-4, atol=1e-5)
+        assert step == 32 // stride
+
+
+def test_swin_features_equal_torchvisions():
+    torch.manual_seed(0)
+    oracle = shake(torchvision.models.swin_t().eval())
+    backbone = build("swin_t", "linear").eval().backbone
+    copy_weights(oracle.features, backbone.stages)
+    copy_weights(oracle.norm, backbone.norms[3])
+    x = torch.randn(1, 3, 64, 96)
+    wanted = torchvision.models._utils.IntermediateLayerGetter(oracle.features, {str(i): str(i) for i in (1, 3, 5, 7)})
+    for ours, theirs, norm in zip(backbone(x), wanted(x).values(), backbone.norms, strict=True):
+        theirs = F.layer_norm(theirs, theirs.shape[-1:], norm.weight, norm.bias)  # (N, H, W, C)
+        torch.testing.assert_close(ours.movedim(1, -1), theirs, rtol=1e-4, atol=1e-5)
+    pooled = backbone(x)[-1].mean((-2, -1))
+    torch.testing.assert_close(oracle.head(pooled), oracle(x), rtol=1e-4, atol=1e-5)
+
+
+def test_fcn_resnet50_equals_torchvisions(tmp_path):
+    torch.manual_seed(5)
+    oracle = shake(torchvision.models.segmentation.fcn_resnet50(weights_backbone=None, aux_loss=True)).eval()
+    torch.save(oracle.state_dict(), tmp_path / "fcn.pth")
+    model = build(model="fcn_resnet50", num_classes=21, pretrained=str(tmp_path / "fcn.pth")).eval()
+    x = torch.randn(1, 3, 40, 56)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), oracle(x)["out"], rtol=1e-4, atol=1e-4)
+
+
+def test_segformer_equals_transformers(tmp_path):
+    oracle = save_segformer(tmp_path, num_labels=7)
+    model = build(model="segformer-tiny", num_classes=7, pretrained=str(tmp_path)).eval()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.decode(model.encode(x)), oracle(x).logits, rtol=0, atol=1e-5)
+
+
+def test_deeplabv3plus_refines_the_pyramid_with_48_channels_of_the_finest_tap():
+    for stride, rates in ((16, [1, 6, 12, 18]), (8, [1, 12, 24, 36])):
+        model = build("resnet18", "deeplabv3plus", output_stride=stride).eval()
+        assert [branch[0].dilation[0] for branch in model.head.aspp.branches] == rates
+    assert build("resnet18", "deeplabv3plus").strides == [4, 8, 16, 16]
+    head = build("resnet18", "deeplabv3plus").head.eval()
+    features = [torch.randn(1, c, 48 // s, 48 // s) for c, s in ((64, 4), (128, 8), (256, 16), (512, 16))]
+    deep = F.interpolate(head.aspp(features[-1]), size=(12, 12), mode="bilinear")
+    low = head.low(features[0])
+    assert (deep.shape[1], low.shape[1]) == (256, 48)
+    torch.testing.assert_close(head(features), head.classifier(head.mix(torch.cat([deep, low], 1))))
+    c = 512
+    aspp = c * 256 + 3 * 9 * c * 256 + c * 256 + 256 + 5 * 256 * 256  # convolutions; image pooling has a bias, no norm
+    mix = 64 * 48 + 9 * (256 + 48) * 256 + 9 * 256 * 256
+    norms = 2 * (4 * 256 + 256 + 48 + 2 * 256)
+    assert count_params(head)[0] == aspp + mix + norms + 256 * 3 + 3
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large"])
 def test_output_stride_changes_the_grid_but_no_weight(name):
     models_by_stride = {s: build(name, "linear", output_stride=s) for s in (8, 16, 32)}
     for stride, model in models_by_stride.items():
@@ -307,6 +492,13 @@ def test_a_dinov2_from_scratch_knows_positions_and_starts_with_mimetic_attention
         torch.testing.assert_close(o @ v, -0.4 * torch.eye(32), atol=1e-5, rtol=0)
 
 
+def test_convolutions_of_a_mit_from_scratch_start_as_in_segformers_code():
+    block = build("mit-tiny", "linear").backbone.stages[3].blocks[0]
+    depthwise = block.mlp.dwconv.dwconv
+    assert depthwise.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.1)  # He et al. 2015, fan out
+    assert block.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_attention_is_the_same_function_in_training_and_inference():
     model = build(dropout=0.0, norm="none")
     images = torch.randn(2, 3, 42, 42)
@@ -357,6 +549,37 @@ def test_dinov2_loads_a_local_folder_and_is_frozen(tmp_path):
     assert not build(pretrained=str(tmp_path), freeze_backbone=False).freeze_backbone
 
 
+def save_segformer(folder, cls="SegformerForSemanticSegmentation", **numbers):
+    import transformers
+
+    torch.manual_seed(5)
+    config = transformers.SegformerConfig(**NETWORKS["segformer-tiny"].numbers | numbers)
+    net = shake(getattr(transformers, cls)(config)).eval()
+    net.save_pretrained(folder)
+    return net
+
+
+def test_mit_and_segformer_load_a_local_folder(tmp_path):
+    saved = save_segformer(tmp_path / "whole", num_labels=150)
+    classifier = save_segformer(
+        tmp_path / "classifier", cls="SegformerForImageClassification"
+    )  # as the hub's mit-b0 is
+    x = torch.randn(1, 3, 64, 64)
+    for folder, source in (("whole", saved), ("classifier", classifier)):
+        mit = build("mit-tiny", "fpn", pretrained=str(tmp_path / folder)).eval()
+        wanted = source.segformer(x, output_hidden_states=True).hidden_states
+        for ours, theirs in zip(mit.encode(x), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert mit.pretrained
+        assert mit.freeze_backbone
+    model = build(model="segformer-tiny", pretrained=str(tmp_path / "whole"))  # 3 classes: all but the classifier
+    assert torch.equal(model.head.mix[1].running_mean, saved.decode_head.batch_norm.running_mean)
+    assert torch.equal(model.head.laterals[2].weight[..., 0, 0], saved.decode_head.linear_projections[2].proj.weight)
+    assert model.head.classifiers[0][1].weight.shape[0] == 3
+    group = build(model="segformer-tiny", norm="group", pretrained=str(tmp_path / "whole"))
+    assert group.pretrained  # the backbone: another head has weights of its own
+
+
 def test_torchvision_weights_load_from_a_local_file(tmp_path):
     torch.manual_seed(5)
     net = torchvision.models.resnet18()
@@ -370,15 +593,27 @@ def test_wrong_local_weights_are_refused(tmp_path):
     save_dinov2(tmp_path / "wide", hidden_size=64)
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "r34.pth")
     (tmp_path / "text.pth").write_text("not weights")
+    save_dinov2(tmp_path / "dino")
+    save_segformer(tmp_path / "deep", depths=[1, 1, 2, 1])
+    save_segformer(tmp_path / "encoder", cls="SegformerModel")
     for options, words in (
         ({"pretrained": str(tmp_path / "none")}, "no such file"),
         ({"pretrained": str(tmp_path / "wide")}, "hidden_size"),
         ({"pretrained": str(tmp_path)}, "does not hold"),
         ({"backbone": "resnet18", "pretrained": str(tmp_path / "r34.pth")}, "does not hold"),
         ({"backbone": "resnet18", "pretrained": str(tmp_path / "text.pth")}, "text.pth"),
+        ({"backbone": "swin-mini", "pretrained": str(tmp_path / "r34.pth")}, "does not hold"),
+        ({"backbone": "mit-tiny", "pretrained": str(tmp_path / "deep")}, "depths"),
+        ({"backbone": "mit-tiny", "pretrained": str(tmp_path / "dino")}, "is of a dinov2"),
+        ({"backbone": "dinov2-tiny", "pretrained": str(tmp_path / "encoder")}, "is of a segformer"),
+        ({"model": "segformer-tiny", "pretrained": str(tmp_path / "deep")}, "depths"),
+        ({"model": "segformer-tiny", "pretrained": str(tmp_path / "encoder")}, r"tensors are not there, decode_head"),
+        ({"model": "fcn_resnet50", "pretrained": str(tmp_path / "r34.pth")}, "does not hold"),
+        ({"model": "lite_deeplabv3", "pretrained": str(tmp_path / "r34.pth")}, "does not hold"),
     ):
-        with pytest.raises(ModelError, match=words):
+        with pytest.raises(ModelError, match=words) as error:
             build(**options)
+        assert "\n" not in str(error.value)
 
 
 @pytest.fixture
@@ -386,41 +621,28 @@ def offline(monkeypatch, tmp_path):
     """No network (connections are refused at once) and empty caches."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setitem(
-        BACKBONES, "dinov2-tiny", dataclasses.replace(BACKBONES["dinov2-tiny"], weights=str(tmp_path / "absent"))
-    )
+    for table in (BACKBONES, NETWORKS):
+        for name in ("dinov2-tiny", "mit-tiny", "segformer-tiny"):
+            if name in table:
+                table[name] = dataclasses.replace(table[name], weights=str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize("backbone", ["dinov2-tiny", "resnet18"])
-def test_without_a_network_auto_trains_from_scratch_and_require_is_an_error(offline, backbone):
-    model = build(backbone, pretrained="auto")
+@pytest.mark.parametrize(
+    "net",
+    [dict(backbone=name) for name in ("dinov2-tiny", "resnet18", "mobilenet_v3_large", "swin-mini", "mit-tiny")]
+    + [dict(model=name) for name in ("segformer-tiny", "lite_deeplabv3", "fcn_resnet50")],
+    ids=lambda net: next(iter(net.values())),
+)
+def test_without_a_network_auto_trains_from_scratch_and_require_is_an_error(offline, net):
+    model = build(**net, pretrained="auto")
     assert not model.pretrained
     assert not model.freeze_backbone
     assert "cannot be reached" in model.pretrained_error
     with pytest.raises(ModelError, match="--pretrained require"):
-        build(backbone, pretrained="require")
+        build(**net, pretrained="require")
 
 
 # ---- checkpoints ----
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("backbone", TRAINABLE_HERE)
-def test_a_checkpoint_gives_the_same_outputs(tmp_path, backbone, head):
-    model = build(backbone, head).eval()
-    with torch.no_grad():
-        for buffer in model.buffers():
-            buffer.add_(1)
-    save(tmp_path / "a.pt", model, metrics={"miou": 1.5})
-    (tmp_path / "a.pt").rename(tmp_path / "renamed.bin")  # nothing is decided from a name
-    loaded, checkpoint = load_checkpoint(tmp_path / "renamed.bin")
-    images = torch.randn(1, 3, 33, 47)
-    with torch.inference_mode():
-        assert torch.equal(loaded(images), model(images))
-    assert not loaded.training
-    assert checkpoint["metrics"] == {"miou": 1.5}
-    assert checkpoint["data"] == DATA
-    assert torch.load(tmp_path / "renamed.bin", weights_only=True)["format"] == models.FORMAT
 
 
 def test_options_survive_the_checkpoint(tmp_path):
@@ -483,7 +705,11 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path):
         ({"upsample": "nearest"}, "bilinear or learned"),
         ({"dropout": 1.0}, "--dropout"),
         ({"num_classes": 1}, "two classes"),
-        ({"output_stride": 8}, "patch size"),
+        ({"output_stride": 8}, "dilation cannot replace.*resnet18"),
+        ({"backbone": "swin_t", "output_stride": 8}, "swin_t has strides"),
+        ({"backbone": "mit-b0", "output_stride": 8}, "mit-b0 has strides"),
+        ({"model": "segformer-b0", "output_stride": 8}, "knows --norm, --dropout"),
+        ({"model": "segformer"}, "segformer-b0, segformer-b1"),
         ({"backbone": "resnet18", "output_stride": 4}, "8, 16 or 32"),
         ({"head": "unet", "fuse": False}, "--no-fuse is for linear, fpn"),
         ({"aux": True, "taps": 1}, "--taps 4"),
