@@ -2,7 +2,7 @@
 
     python export_onnx.py                                 # checkpoints/train/best.pt -> checkpoints/train/best.onnx
     python export_onnx.py --raw-input --output mask       # pixels in, class ids out
-    python export_onnx.py --size 512 1024 --opset 17      # one height and width
+    python export_onnx.py --size 512 1024 --opset 20      # one height and width
     python export_onnx.py --dataset synthetic             # the mIoU of the file, too
 
 Input `images`: float32 (N, 3, H, W), normalised; with --raw-input uint8 (N, H, W, 3), RGB, as a decoder gives it.
@@ -41,7 +41,8 @@ import evaluate
 from datasets import DataError, DataInfo, positive_int
 from models import ModelError, load_checkpoint, model_name
 
-OPSET = 18  # the oldest that the exporter writes without a conversion afterwards, so the most widely read
+OPSET = 18  # the oldest that PyTorch's exporter writes, so the most widely read
+OUTPUTS = ("logits", "mask")
 AGREEMENT = 0.999  # share of pixels whose class must be the same
 TOLERANCE = 0.01  # largest difference of logits, as a share of the largest logit
 UNEXPORTABLE = {}  # row of BACKBONES, HEADS or NETWORKS: why it has no ONNX file
@@ -84,7 +85,14 @@ def export(
     "std" of metadata. metadata: {name: text, or what JSON can hold}. external_data: weights in a file of their own,
     PATH.data, as they are in any case beyond 2 GB. Raises ModelError where the network or the opset cannot be exported.
     """
-    name, metadata = model_name(model.build), metadata or {}
+    import onnx
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    if output not in OUTPUTS:
+        raise ModelError(f"output {output!r} is not known: choose one of {', '.join(OUTPUTS)}")
+    name, metadata, newest = model_name(model.build), metadata or {}, onnx.defs.onnx_opset_version()
+    if not OPSET <= opset <= newest:
+        raise ModelError(f"--opset {opset}: PyTorch's exporter writes {OPSET} and newer, up to {newest} of onnx here")
     for part in (model.build.get(key) for key in ("model", "backbone", "head")):
         if part in UNEXPORTABLE:
             raise ModelError(f"{name} has no ONNX form: {UNEXPORTABLE[part]}")
@@ -97,6 +105,8 @@ def export(
     free = {0: "batch"}
     if not size:
         free |= {1: "height", 2: "width"} if raw_input else {2: "height", 3: "width"}
+    with torch.no_grad():
+        graph(example)  # what a network settles in its first forward(), as DINOv2 its attention, is settled before
     try:
         with quiet():
             program = torch.onnx.export(
@@ -108,9 +118,7 @@ def export(
     written = program.model.opset_imports.get("")
     if written != opset:  # the exporter keeps its own opset, with a warning, where it cannot convert
         raise ModelError(f"{name} cannot be converted to --opset {opset}: the exporter stays at {written}")
-    for part in (program.model.graph, *program.model.functions.values()):
-        for node in part.all_nodes():
-            node.metadata_props.clear()  # stack traces, with the paths of this machine
+    ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine, and a lot of them
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     program.model.metadata_props.update(texts)
     program.save(path, external_data=external_data)
@@ -327,7 +335,7 @@ def make_parser():
     add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="input size, pixels; left out: any")
     add("--opset", type=positive_int, default=OPSET, help="version of the ONNX operators")
     add("--raw-input", action="store_true", help="uint8 N x H x W x 3 in: the file normalises")
-    add("--output", choices=("logits", "mask"), default="logits", help="what comes out: logits or class ids")
+    add("--output", choices=OUTPUTS, default="logits", help="what comes out: logits or class ids")
     add("--external-data", action="store_true", help="weights in a file beside it (beyond 2 GB always)")
     add("--dataset", help="score the file on this data set; left out: checked on images of the checkpoint's")
     add("--data-root", help="folder of the data set to score on; left out: the checkpoint's")
