@@ -37,11 +37,13 @@ from tqdm import tqdm
 from datasets import (
     DataError,
     DataInfo,
+    add_option_args,
     count,
     decode_image,
     eval_loader,
     eval_transform,
     open_dataset,
+    option_values,
     positive_float,
     positive_int,
 )
@@ -662,6 +664,7 @@ def make_parser():
     add("--data-root", help=f"folder of the data set ({inherit})")
     add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help=f"input size, pixels ({inherit})")
     add("--split", default="val", help="split to score on")
+    add_option_args(add)
     add("--batch-size", type=positive_int, default=1, help="images a batch; does not change the numbers")
     add("--workers", type=count, default=0, help="processes that load images")
     add("--images", metavar="FILE|DIR", help="predict these images instead of scoring a data set")
@@ -725,8 +728,10 @@ def open_scored(checkpoint, args):
     trained = DataInfo.from_dict(checkpoint["data"])
     name = args.dataset or trained.name
     root = args.data_root or (checkpoint["args"].get("data_root") if name == trained.name else None)
+    options = (trained.options if name == trained.name else {}) | option_values(args)  # split rule, void: as trained
     length = 2 if args.dry_run else None
-    dataset = open_dataset(name, args.split, root=root, size=args.size or trained.size, length=length)
+    size = args.size or trained.size
+    dataset = open_dataset(name, args.split, root=root, size=size, length=length, options=options)
     ours, theirs = tuple(trained.classes), tuple(dataset.info.classes)
     if ours != theirs:
         odd = sorted(set(ours) ^ set(theirs))
