@@ -69,6 +69,20 @@ def resize_to(x, size):
     )
 
 
+def adaptive_pool(x, bins):
+    """F.adaptive_avg_pool2d(x, bins) as two matrix products: ONNX has no adaptive pooling of a size it cannot know."""
+    rows, columns = (bin_weights(n, bins, x) for n in x.shape[-2:])
+    return rows @ (x @ columns.mT)  # (bins, h) @ ((N, C, h, w) @ (w, bins))
+
+
+def bin_weights(length, bins, like):
+    """(bins, length): row i averages the pixels from floor(i * length / bins) up to ceil((i + 1) * length / bins)."""
+    edges = torch.arange(bins + 1, device=like.device) * length
+    start, stop = edges[:-1, None] // bins, (edges[1:, None] + bins - 1) // bins
+    pixel = torch.arange(length, device=like.device)
+    return (((pixel >= start) & (pixel < stop)) / (stop - start)).to(like.dtype)
+
+
 class LearnedUpsample(nn.ConvTranspose2d):
     """Transposed convolution of one class map each, starting as bilinear (Long et al. 2015, section 3.3)."""
 
@@ -454,7 +468,7 @@ class PpmHead(nn.Module):
 
     def forward(self, features):
         x = features[-1]
-        pooled = [branch(F.adaptive_avg_pool2d(x, b)) for branch, b in zip(self.branches, self.bins, strict=True)]
+        pooled = [branch(adaptive_pool(x, b)) for branch, b in zip(self.branches, self.bins, strict=True)]
         return self.classifier(self.mix(torch.cat([x, *(resize_to(p, x.shape[-2:]) for p in pooled)], dim=1)))
 
 

@@ -1,0 +1,421 @@
+"""Write a checkpoint as an ONNX file, which counts only once it has been checked against PyTorch.
+
+    python export_onnx.py                                 # checkpoints/train/best.pt -> checkpoints/train/best.onnx
+    python export_onnx.py --raw-input --output mask       # pixels in, class ids out
+    python export_onnx.py --size 512 1024 --opset 20      # one height and width
+    python export_onnx.py --dataset synthetic             # the mIoU of the file, too
+
+Input `images`: float32 (N, 3, H, W), normalised; with --raw-input uint8 (N, H, W, 3), RGB, as a decoder gives it.
+Output `logits`: float32 (N, K, H, W); with --output mask `mask`: uint8 (N, H, W) class ids (int16 from 256 classes on).
+N is free, and so are H and W without --size. metadata_props of the file: classes, palette, mean, std, ignore_index,
+size, all JSON, and model, dataset, checkpoint (its id), pretrained, compression.
+
+The checks: onnx.checker with shape inference; then onnxruntime against PyTorch on images of the checkpoint's data set
+and, without --size, at three more sizes, in batches of 1 and 3. Only a file that passes gets its name; one that was
+there before stays until then. Numbers go to FILE.json.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import shlex
+import statistics
+import sys
+import time
+import uuid
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+import datasets
+import evaluate
+from datasets import DataError, DataInfo, positive_int
+from models import ModelError, load_checkpoint, model_name
+
+OPSET = 18  # the oldest that PyTorch's exporter writes, so the most widely read
+OUTPUTS = ("logits", "mask")
+AGREEMENT = 0.999  # share of pixels whose class must be the same
+TOLERANCE = 0.01  # largest difference of logits, as a share of the largest logit
+UNEXPORTABLE = {}  # row of BACKBONES, HEADS or NETWORKS: why it has no ONNX file
+
+
+class CheckError(Exception):
+    """A file that was written does not do what the network does; the message gives the numbers."""
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+class Graph(nn.Module):
+    """What the file computes: a network and, where asked for, normalisation before it and the arg max after it."""
+
+    def __init__(self, model, *, raw_input, output, mean, std):
+        super().__init__()
+        self.model, self.raw_input, self.output = model, raw_input, output
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images):
+        if self.raw_input:
+            images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        logits = self.model(images)
+        return logits if self.output == "logits" else class_ids(logits)
+
+
+def class_ids(logits):
+    """(N, K, H, W) -> (N, H, W) in the integers that evaluate.predict() gives: uint8, or int16 where K > 255."""
+    return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 255 else torch.int16)
+
+
+def export(
+    model, path, *, size=None, opset=OPSET, raw_input=False, output="logits", metadata=None, external_data=False
+):
+    """Write `model`, which it puts into eval mode, to `path` as ONNX. Nothing is checked here: see check().
+
+    size: (H, W), or None for any. raw_input, output: see the top of this file; raw_input normalises with the "mean" and
+    "std" of metadata. metadata: {name: text, or what JSON can hold}. external_data: weights in a file of their own,
+    PATH.data, as they are in any case beyond 2 GB. Raises ModelError where the network or the opset cannot be exported.
+    """
+    import onnx
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    if output not in OUTPUTS:
+        raise ModelError(f"output {output!r} is not known: choose one of {', '.join(OUTPUTS)}")
+    name, metadata, newest = model_name(model.build), metadata or {}, onnx.defs.onnx_opset_version()
+    if not OPSET <= opset <= newest:
+        raise ModelError(f"--opset {opset}: PyTorch's exporter writes {OPSET} and newer, up to {newest} of onnx here")
+    for part in (model.build.get(key) for key in ("model", "backbone", "head")):
+        if part in UNEXPORTABLE:
+            raise ModelError(f"{name} has no ONNX form: {UNEXPORTABLE[part]}")
+    mean, std = metadata.get("mean", DataInfo.mean), metadata.get("std", DataInfo.std)
+    graph = Graph(model, raw_input=raw_input, output=output, mean=mean, std=std).eval()
+    # The exporter takes what is equal in the example for equal always, and 1 for always 1. So: two images, and a height
+    # and a width that differ, fit no stride, and give even the coarsest map more rows than an attention window has.
+    h, w = size or (9 * model.stride + 3, 11 * model.stride + 5)
+    example = torch.zeros(2, h, w, 3, dtype=torch.uint8) if raw_input else torch.zeros(2, 3, h, w)
+    free = {0: "batch"}
+    if not size:
+        free |= {1: "height", 2: "width"} if raw_input else {2: "height", 3: "width"}
+    with torch.no_grad():
+        graph(example)  # what a network settles in its first forward(), as DINOv2 its attention, is settled before
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                graph, (example,), dynamo=True, dynamic_shapes=(free,), opset_version=opset,
+                input_names=["images"], output_names=[output], verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # whatever the network or the conversion to another opset leads to
+        raise ModelError(f"{name} cannot be exported with --opset {opset}: {first_words(error)}") from error
+    written = program.model.opset_imports.get("")
+    if written != opset:  # the exporter keeps its own opset, with a warning, where it cannot convert
+        raise ModelError(f"{name} cannot be converted to --opset {opset}: the exporter stays at {written}")
+    ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine, and a lot of them
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    program.model.metadata_props.update(texts)
+    program.save(path, external_data=external_data)
+
+
+@contextlib.contextmanager
+def quiet():
+    """The exporter reports its progress to stdout, stderr, warnings and the log: none of it is for the user."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        logging.disable(disabled)
+
+
+def describe(checkpoint):
+    """The metadata of a checkpoint's file: what a program that reads the file needs to know, and where it is from."""
+    info = DataInfo.from_dict(checkpoint["data"]).to_dict()
+    kept = {key: info[key] for key in ("classes", "palette", "mean", "std", "ignore_index", "size")}
+    return kept | {
+        "model": model_name(checkpoint["build"]),
+        "dataset": info["name"],
+        "checkpoint": checkpoint["id"],
+        "pretrained": checkpoint["pretrained"],
+        "compression": checkpoint["compression"],
+    }
+
+
+# ---- check ----------------------------------------------------------------------------------------------------------
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file in onnxruntime, on the CPU with PyTorch's number of threads, as evaluate.evaluate() wants a network.
+
+    It takes normalised images (N, 3, H, W) whatever the file takes, and gives logits (N, K, H, W); a file that gives
+    class ids yields 1 for that class and 0 for the others.
+    """
+
+    stride = 1  # of the logits
+
+    def __init__(self, path, info):
+        import onnxruntime
+
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+        options.log_severity_level = 4  # what goes wrong is raised; the log would repeat it
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.raw_input = self.session.get_inputs()[0].type == "tensor(uint8)"
+        self.output = self.session.get_outputs()[0].name
+        self.classes = len(info.classes)
+        self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (info.mean, info.std))
+
+    def run(self, images):
+        """The file's output for its input."""
+        return torch.from_numpy(self.session.run([self.output], {"images": images.numpy()})[0])
+
+    def encode(self, images):
+        return images
+
+    def decode(self, images):
+        if self.raw_input:
+            images = (255 * (images * self.std + self.mean)).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        out = self.run(images)
+        return out if self.output == "logits" else F.one_hot(out.long(), self.classes).permute(0, 3, 1, 2).float()
+
+
+@torch.inference_mode()
+def check(path, model, images, *, info, repeats=5):
+    """Run the file with onnxruntime and `model` with PyTorch on the same images and compare.
+
+    images: uint8 batches (N, 3, H, W), of any sizes that the file takes; latency is that of the first one. info:
+    DataInfo with the mean and std that PyTorch's input is normalised with, as in evaluate.py. Returns {"sizes": a row
+    for each batch, "largest_difference": of logits, None where the file gives class ids, "agreement": lowest share of
+    pixels with the same class, "latency_ms": {"torch", "onnxruntime"}, the median of `repeats`}. Raises CheckError at
+    the first check that fails.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        onnx_network = OnnxNetwork(path, info)
+    except Exception as error:  # both raise many kinds
+        raise CheckError(f"the file is not valid ONNX: {first_words(error)}") from error
+    normalise, rows, latency = v2.Compose(datasets.to_network(info)), [], {}
+    for batch in images:
+        normal = normalise(tv_tensors.Image(batch))
+        fed = batch.permute(0, 2, 3, 1).contiguous() if onnx_network.raw_input else normal
+        row = {"images": " x ".join(map(str, (len(batch), *batch.shape[-2:])))}
+        expected = model(normal)
+        try:
+            found = onnx_network.run(fed)
+        except Exception as error:
+            raise CheckError(f"onnxruntime cannot run {row['images']}: {first_words(error)}") from error
+        rows.append(row | compare(found, expected, row["images"]))
+        if not latency:
+            latency["torch"] = milliseconds(lambda x=normal: model(x), repeats)
+            latency["onnxruntime"] = milliseconds(lambda x=fed: onnx_network.run(x), repeats)
+    return {
+        "sizes": rows,
+        "largest_difference": None if onnx_network.output == "mask" else max(r["largest_difference"] for r in rows),
+        "agreement": min(row["agreement"] for row in rows),
+        "latency_ms": latency,
+    }
+
+
+def compare(found, expected, what):
+    """Output of the file against logits of PyTorch -> the numbers of one row; CheckError where they are too far off."""
+    ids, difference = found, None
+    if found.dtype.is_floating_point:
+        if found.shape != expected.shape:
+            raise CheckError(f"{what}: onnxruntime gives {tuple(found.shape)}, PyTorch {tuple(expected.shape)}")
+        ids, difference = class_ids(found), (found - expected).abs().max().item()
+        limit = TOLERANCE * max(1.0, expected.abs().max().item())
+        if not difference <= limit:  # so that NaN fails
+            raise CheckError(f"{what}: logits differ by up to {difference:.3g}, where {limit:.3g} is allowed")
+    agreement = (ids == class_ids(expected)).float().mean().item()
+    if not agreement >= AGREEMENT:
+        raise CheckError(f"{what}: {agreement:.3%} of the pixels have the same class, {AGREEMENT:.1%} must")
+    return {"largest_difference": difference, "agreement": agreement}
+
+
+def milliseconds(function, repeats):
+    """Median time of a call, after one that does not count."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def first_words(error):
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def check_images(dataset, *, size, stride, any_size):
+    """uint8 batches (N, 3, H, W): four images one by one, then three together at one size or, if any_size, at three.
+
+    size: (H, W), or None for each image's own. The three sizes fit no stride: smaller, portrait, and hardly more than
+    `stride`, where the coarsest map has only two rows.
+    """
+    singles = [dataset.raw(i)[0] for i in range(min(4, len(dataset)))]
+    singles = [TF.resize(image, size, antialias=True) if size else image for image in singles]
+    h, w = singles[0].shape[-2:]
+    sizes = [(h * 3 // 4 | 1, w * 5 // 8 | 1), (w | 1, h | 1), (stride + 1, 2 * stride + 3)] if any_size else [(h, w)]
+    three = [singles[i % len(singles)] for i in range(3)]
+    together = [torch.stack([TF.resize(image, size, antialias=True) for image in three]) for size in sizes]
+    return [image[None] for image in singles] + together
+
+
+def open_images(checkpoint, args):
+    """The data set to check on; drawn scenes where that of the checkpoint is no longer there."""
+    try:
+        return evaluate.open_scored(checkpoint, args)
+    except DataError as error:
+        if args.dataset or args.data_root:
+            raise
+        print(f"no images of {checkpoint['data']['name']} ({error}): checked on drawn scenes", file=sys.stderr)
+        return datasets.open_dataset("synthetic", "val", size=args.size or checkpoint["data"]["size"], length=4)
+
+
+def score(path, model, dataset):
+    """evaluate.py's metrics of the file on a whole data set, and the mIoU of the network it was made from."""
+    options = {
+        "num_classes": len(dataset.info.classes),
+        "ignore_index": dataset.info.ignore_index,
+        "device": torch.device("cpu"),
+        "progress": True,
+    }
+    loader = datasets.eval_loader(dataset)
+    metrics = evaluate.evaluate(OnnxNetwork(path, dataset.info), loader, **options)
+    return metrics, evaluate.evaluate(model, loader, boundary=False, **options)["miou"]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def data_files(path):
+    """The files beside an ONNX file that hold its weights; none where it holds them itself, or is no ONNX file."""
+    import onnx
+
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception:  # whatever the bytes lead to
+        return set()
+    places = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    return {Path(path).parent / Path(place).name for place in places}
+
+
+def replace(new, path):
+    """Give the file `new` the name `path`; weights it holds in other files stay where they are, old ones go."""
+    old, kept = data_files(path), data_files(new)
+    os.replace(new, path)
+    for file in old - kept:
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=evaluate.HelpFormatter)
+    add = parser.add_argument
+    add("--weights", default="checkpoints/train/best.pt", help="checkpoint to export")
+    add("--out", metavar="FILE", help="ONNX file to write; left out: --weights with the suffix .onnx")
+    add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="input size, pixels; left out: any")
+    add("--opset", type=positive_int, default=OPSET, help="version of the ONNX operators")
+    add("--raw-input", action="store_true", help="uint8 N x H x W x 3 in: the file normalises")
+    add("--output", choices=OUTPUTS, default="logits", help="what comes out: logits or class ids")
+    add("--external-data", action="store_true", help="weights in a file beside it (beyond 2 GB always)")
+    add("--dataset", help="score the file on this data set; left out: checked on images of the checkpoint's")
+    add("--data-root", help="folder of the data set to score on; left out: the checkpoint's")
+    add("--split", default="val", help="split to check and score on")
+    add("--threads", type=positive_int, help="CPU threads; left out: PyTorch's choice")
+    add("--dry-run", action="store_true", help="two images only, to checkpoints/dry-run/ where --out is left out")
+    return parser
+
+
+def choose_path(args):
+    """Where the file goes. ModelError where that is the checkpoint itself, or a folder."""
+    weights = Path(args.weights)
+    folder = Path("checkpoints/dry-run") if args.dry_run else weights.parent
+    out = Path(args.out) if args.out else folder / f"{weights.stem}.onnx"
+    if out.is_dir() or out.resolve() == weights.resolve():
+        raise ModelError(f"--out {out}: {'is a folder' if out.is_dir() else 'is --weights'}; name a file")
+    return out
+
+
+def main(argv=None):
+    """Run the command line; returns what FILE.json holds. SystemExit with status 1 where a check fails."""
+    start = time.perf_counter()
+    args = make_parser().parse_args(argv)
+    command = shlex.join(["python", "export_onnx.py", *(sys.argv[1:] if argv is None else argv)])
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model, checkpoint = load_checkpoint(args.weights)
+    out, info = choose_path(args), DataInfo.from_dict(checkpoint["data"])
+    dataset = open_images(checkpoint, args)
+    size = args.size or dataset.info.size
+    images = check_images(dataset, size=size, stride=model.stride, any_size=not args.size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}")
+    scored = bool(args.dataset or args.data_root)
+    try:
+        export(
+            model, new, size=args.size, opset=args.opset, raw_input=args.raw_input, output=args.output,
+            metadata=describe(checkpoint), external_data=args.external_data,
+        )  # fmt: skip
+        checks = check(new, model, images, info=info, repeats=1 if args.dry_run else 5)
+        metrics, miou_torch = score(new, model, dataset) if scored else ({}, None)
+        file_mb = sum(file.stat().st_size for file in (new, *data_files(new))) / 2**20
+        replace(new, out)
+    except BaseException as error:
+        for file in (new, Path(f"{new}.data")):
+            file.unlink(missing_ok=True)
+        if isinstance(error, CheckError):
+            raise SystemExit(f"check failed: {error}\n{out} was not written") from None
+        raise
+    done = evaluate.results(
+        model, checkpoint, metrics, command=command, split=args.split if scored else None,
+        seconds=time.perf_counter() - start, device=torch.device("cpu"), path=args.weights,
+    )  # fmt: skip
+    done |= {"file": str(out), "file_mb": file_mb, "opset": args.opset, "output": args.output}
+    done |= {"raw_input": args.raw_input, "size": args.size, "miou_torch": miou_torch}
+    done |= {"threads": torch.get_num_threads(), "latency_ms": checks.pop("latency_ms"), "checks": checks}
+    if scored:
+        done["dataset"] = dataset.info.name
+    evaluate.write_json(f"{out}.json", done)
+    report(done, data_files(out))
+    return done
+
+
+def report(done, beside):
+    """Print the checks and the summary."""
+    evaluate.print_table([
+        {
+            "checked on": row["images"],
+            "largest difference": "-" if row["largest_difference"] is None else f"{row['largest_difference']:.1e}",
+            "same class": f"{row['agreement']:.3%}",
+        }
+        for row in done["checks"]["sizes"]
+    ])  # fmt: skip
+    print()
+    keys = ("model", "dataset", "split", "opset", "params", "file_mb", "miou", "miou_torch")
+    latency = {f"{name}_ms": value for name, value in done["latency_ms"].items()}
+    evaluate.print_table([{key: done[key] for key in keys} | latency])
+    files = " and ".join(map(str, (done["file"], *beside)))
+    print(f"wrote {files}; the numbers are in {done['file']}.json ({done['threads']} threads)")
+
+
+if __name__ == "__main__":
+    evaluate.run_cli(main)
