@@ -861,8 +861,8 @@ def _build_enet(row, num_classes, load):
     return backbone, EnetDecoder(backbone.channels, num_classes), (False, None)
 
 
-class Swin(nn.Module):
-    """Swin Transformer (Liu et al. 2021) from transformers: the LayerNorm-ed maps of its four stages."""
+class Mask2FormerBackbone(nn.Module):
+    """The Swin Transformer of a Mask2Former of transformers: the LayerNorm-ed maps of its four stages."""
 
     def __init__(self, body):
         super().__init__()
@@ -1070,7 +1070,7 @@ def _build_mask2former(row, num_classes, load):
         local=pretrained,
         hub=lambda offline: pretrained(row.weights, offline),
     )
-    return Swin(net.model.pixel_level_module.encoder), Mask2FormerHead(net), loaded
+    return Mask2FormerBackbone(net.model.pixel_level_module.encoder), Mask2FormerHead(net), loaded
 
 
 @dataclass(frozen=True)
