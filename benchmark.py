@@ -9,7 +9,7 @@ Writes benchmark.json, .csv, .md and .png to --out. A row is one checkpoint on o
 
 latency_ms, latency_iqr_ms: median and interquartile range of one call, images (N, 3, H, W) in memory -> logits
     (N, K, H, W) at full size. Decoding and normalising images, and the arg max, are outside. All networks are loaded
-    first; then they take turns, a short burst each, so that a machine that drifts slows all of them alike.
+    at once and take turns, a short burst each, so that a machine that drifts slows all of them alike.
 macs: multiply-accumulates of one image in convolutions and matrix products, attention's included, padding to the stride
     too; nothing for norms, activations, pooling, resizing. A layer that computes in another operation counts as none.
 peak_memory_mb: MiB, of a fresh process that loads the network and runs it: its peak resident set on a CPU (of which
@@ -512,10 +512,11 @@ def open_subject(weights, build, *, size, batch, dry_run):
             trained_size = trained_size or dataset.raw(0)[0].shape[-2:]
         except DataError as error:
             reasons["miou"] = str(error)
-            trained_size = trained_size or checkpoint["args"].get("crop")
+            row = DATASETS.get(checkpoint["data"]["name"])
+            trained_size = trained_size or checkpoint["args"].get("crop") or (row and row.crop)
     size = size or trained_size
     if not size:
-        raise ModelError(f"{weights}: its data are not here to tell how large its images are: give --size H W")
+        raise ModelError(f"{weights}: how large are its images? Its data are not here to tell; give --size H W")
     shape = (batch, 3, *map(int, size))
     about = {
         "weights": weights,
@@ -579,7 +580,7 @@ def score(subject, device, dtype):
     """mIoU in percent of the prepared network on its val split, or None where nothing there is labelled."""
     batches = ((images.to(DTYPES[dtype]), target) for images, target in eval_loader(subject.dataset))
     info = subject.dataset.info
-    shared = dict(num_classes=len(info.classes), ignore_index=info.ignore_index, boundary=False)
+    shared = dict(num_classes=len(info.classes), ignore_index=info.ignore_index, boundary=False, progress=True)
     miou = evaluate.evaluate(subject.model, batches, device=device, **shared)["miou"]
     return None if math.isnan(miou) else miou
 
@@ -806,6 +807,9 @@ def draw(rows, path):
             draw_scatter(left, rows, "latency_ms", 1, "latency (ms)"),
             draw_scatter(right, rows, "macs", 1e9, "MACs (G)"),
         ]
+        handles, names = left.get_legend_handles_labels()
+        if len(names) > 1:
+            above.legend(handles, names, loc="outside upper left", ncols=4, fontsize=8, frameon=False)
         figure.draw_without_rendering()  # only now is it known where everything stands
         figure.set_layout_engine("none")
         for axes, points in zip((left, right), labels, strict=True):
@@ -828,7 +832,7 @@ def draw_scatter(axes, rows, cost, unit, label):
         axes.plot(x, y, color=f"C{i}", linewidth=1, alpha=0.6, drawstyle="steps-post", zorder=1)
         for backend, marker in zip(backends, "osD^vP*X", strict=False):
             shown = [row for row in members if row["backend"] == backend]
-            name = ", ".join([f"{group[0]} {group[1]} x {group[2]}", backend] if len(backends) > 1 else [str(group[0])])
+            name = f"{group[0]} {group[1]} x {group[2]}, {backend}"
             axes.scatter(
                 [row[cost] / unit for row in shown],
                 [row["miou"] for row in shown],
@@ -848,8 +852,6 @@ def draw_scatter(axes, rows, cost, unit, label):
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(groups) * len(backends) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8, frameon=False, borderaxespad=0)
     texts = {}  # backends may share a point: it is labelled once, with what their names have in common
     for row in points:
         texts.setdefault((row[cost] / unit, row["miou"]), []).append(row["name"])
@@ -914,7 +916,7 @@ def draw_bars(panels, rows):
                 text += f"  {row[key] - alike[0]:+.1f}" if row[key] is not None and row[key] != alike[0] else ""
             end = values[i] + (errors[i] if errors else 0)
             axes.annotate(text, (end, i), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_xlim(0, 1.25 * max(1e-9, *values))
+        axes.set_xlim(0, 1.25 * max(1e-9, *(v + e for v, e in zip(values, errors or [0] * len(rows), strict=True))))
         axes.set_title(title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="0.92")
@@ -953,9 +955,7 @@ def make_parser():
     add("--head", choices=HEADS, help="measure this decoder with --backbone, untrained")
     add("--num-classes", type=positive_int, default=19, help="classes of an untrained network")
     add("--backend", nargs="+", choices=BACKENDS, default=["torch"], help="what runs the networks")
-    add(
-        "--size", type=positive_int, nargs=2, metavar=("H", "W"), help="pixels; left out: that of the checkpoint's data"
-    )
+    add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="pixels; left out: that of its data or crop")
     add("--batch", type=positive_int, default=1, help="images a call")
     add("--dtype", choices=DTYPES, default="float32", help="of weights, activations and logits")
     add("--threads", type=positive_int, help="CPU threads; left out: PyTorch's choice")
