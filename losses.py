@@ -7,9 +7,9 @@
 Pixels with ignore_index are out of every sum and every count: they change neither the loss nor any gradient. When all
 are ignored the loss is 0 with a gradient of 0, still part of the graph, so that a step on such a batch is harmless.
 
-DDP averages gradients over ranks, so cross_entropy and bce divide by the number of valid pixels on ALL ranks: one
-process or several give the same gradient, however unevenly the ignored pixels fall. OHEM, Dice and Lovasz rank pixels
-or divide by sums of their own batch; they stay per rank.
+DDP averages gradients over ranks, so cross_entropy, focal_loss and bce divide by the number of valid pixels on ALL
+ranks: one process or several give the same gradient, however unevenly the ignored pixels fall. OHEM, Dice, Tversky and
+Lovasz rank pixels or divide by sums of their own batch; they stay per rank.
 
 A further loss is a function and a row in LOSSES.
 """
@@ -62,46 +62,87 @@ def _global_mean(total, count):
 # ---- cross-entropy ----
 
 
-def _pixel_cross_entropy(logits, target, ignore_index, weight, label_smoothing):
-    """Loss and weight of each pixel (N, H, W), 0 where ignored; F.cross_entropy's mean is the ratio of their sums."""
+@torch.no_grad()
+def boundary_map(target, ignore_index, width):
+    """(N, H, W) bool: valid pixels at most `width` pixels away, diagonals included, from a pixel of another class.
+
+    Both sides of a label boundary, `width` pixels each. Ignored pixels and the image's border make no boundary; classes
+    that face each other over a strip of ignored pixels do.
+    """
+    valid, ids = target != ignore_index, target.float()
+
+    def window_max(x):  # over 2 * width + 1 pixels each way; ignored pixels never win, and padding is -inf too
+        x = x.masked_fill(~valid, -math.inf).unsqueeze(1)
+        for size, pad in (((2 * width + 1, 1), (width, 0)), ((1, 2 * width + 1), (0, width))):
+            x = F.max_pool2d(x, size, stride=1, padding=pad)
+        return x.squeeze(1)
+
+    return valid & (window_max(ids) != -window_max(-ids))
+
+
+def _pixel_cross_entropy(
+    logits, target, ignore_index, *, weight=None, label_smoothing=0.0, boundary_weight=0.0, boundary_width=None
+):
+    """Loss and weight of each pixel (N, H, W), 0 where ignored; F.cross_entropy's mean is the ratio of their sums.
+
+    The options of the whole cross-entropy family: weight (K,) of the classes; label_smoothing, the share of the target
+    spread over all classes; boundary_weight, by which the weight 1 of a pixel in boundary_map(boundary_width) grows, as
+    w0 does in U-Net's distance map (Ronneberger et al. 2015, eq. 2; here a band of constant weight).
+    """
     weight = None if weight is None else weight.to(logits.dtype)
     # reduction="none": for 4-D logits PyTorch's own sum and mean are not deterministic on CUDA
     loss = F.cross_entropy(
         logits, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
     )
-    valid = target != ignore_index
-    if weight is None:
-        return loss, valid
-    return loss, weight[target.where(valid, 0)] * valid  # 255 must never be an index
+    weights = target != ignore_index
+    if weight is not None:
+        weights = weight[target.where(weights, 0)] * weights  # 255 must never be an index
+    if boundary_weight:
+        factor = 1 + boundary_weight * boundary_map(target, ignore_index, boundary_width)
+        loss, weights = loss * factor, weights * factor
+    return loss, weights
 
 
 @_in_float32
-def cross_entropy(logits, target, *, ignore_index=255, weight=None, label_smoothing=0.0):
-    """Softmax cross-entropy, averaged over the valid pixels of all ranks with weights weight[target], weight (K,).
+def cross_entropy(logits, target, *, ignore_index=255, **options):
+    """Softmax cross-entropy, averaged over the valid pixels of all ranks; options: see _pixel_cross_entropy.
 
     Equals F.cross_entropy, but for a batch with nothing to average (0, not NaN) and for the mean over ranks: one rank
     returns its sum * ranks / global count, which may be far from its own mean; the average over ranks is the mean.
     """
-    loss, weights = _pixel_cross_entropy(logits, target, ignore_index, weight, label_smoothing)
+    loss, weights = _pixel_cross_entropy(logits, target, ignore_index, **options)
     return _global_mean(loss.sum(), weights.sum())
 
 
 @_in_float32
-def ohem_cross_entropy(logits, target, *, thresh, min_kept, ignore_index=255, weight=None, label_smoothing=0.0):
+def focal_loss(logits, target, *, gamma, ignore_index=255, **options):
+    """Cross-entropy times (1 - p)^gamma, p the softmax probability of the true class, and the same mean.
+
+    Lin et al. 2017 (arXiv 1708.02002), for K classes. weight (K,) is the paper's alpha; gamma 0 is cross_entropy.
+    """
+    if gamma < 0:
+        raise ValueError(f"the focal loss needs gamma >= 0, got {gamma}")
+    loss, weights = _pixel_cross_entropy(logits, target, ignore_index, **options)
+    nll = _pixel_cross_entropy(logits, target, ignore_index)[0] if options else loss
+    # expm1 keeps the digits of a small 1 - p; the clamp those of the slope at p = 1, infinite for gamma < 1.
+    miss = (-torch.expm1(-nll)).clamp(min=torch.finfo(nll.dtype).tiny)
+    return _global_mean((miss**gamma * loss).sum(), weights.sum())
+
+
+@_in_float32
+def ohem_cross_entropy(logits, target, *, thresh, min_kept, ignore_index=255, **options):
     """Online hard example mining: cross-entropy over the hard pixels only (Shrivastava et al. 2016, arXiv 1604.03540).
 
     Hard: the true class has a probability below thresh. If fewer than min_kept pixels of the batch are hard, the
     min_kept hardest are kept (all valid ones if there are fewer); ties with the last of them are kept too, so the order
-    of pixels never matters. The mean is over the kept pixels, or their class weights.
+    of pixels never matters. The mean is over the kept pixels, or their weights; options: see _pixel_cross_entropy.
     """
     if not 0 < thresh <= 1 or min_kept < 0:
         raise ValueError(f"OHEM needs 0 < thresh <= 1 and min_kept >= 0, got {thresh} and {min_kept}")
-    loss, weights = _pixel_cross_entropy(logits, target, ignore_index, weight, label_smoothing)
+    loss, weights = _pixel_cross_entropy(logits, target, ignore_index, **options)
     with torch.no_grad():
         # Rank by -log p, not by p: the p of very wrong pixels underflows to 0.
-        nll = loss
-        if weight is not None or label_smoothing:
-            nll, _ = _pixel_cross_entropy(logits, target, ignore_index, None, 0.0)
+        nll = _pixel_cross_entropy(logits, target, ignore_index)[0] if options else loss
         nll = nll.masked_fill(target == ignore_index, -math.inf)
         keep = nll > -math.log(thresh)
         if min_kept > 0:
@@ -113,8 +154,11 @@ def ohem_cross_entropy(logits, target, *, thresh, min_kept, ignore_index=255, we
 # ---- region losses ----
 
 
-def _dice_per_class(logits, target, ignore_index):
-    """1 - Dice of each class over the batch (K,), 0 for classes not in the target, and which are in it (K,) bool."""
+def _tversky_per_class(logits, target, ignore_index, alpha=0.5, beta=0.5):
+    """1 - Tversky index of each class over the batch (K,), 0 for classes not in the target, and which are in it (K,).
+
+    With the defaults the index is Dice.
+    """
     valid = target != ignore_index  # masks p like y: a probability at an ignored pixel is no false positive
     log_p, k = logits.log_softmax(1), logits.shape[1]
     total = (log_p.exp() * valid.unsqueeze(1)).sum((0, 2, 3))  # (K,): sum p
@@ -123,10 +167,11 @@ def _dice_per_class(logits, target, ignore_index):
     classes = target.where(valid, 0).flatten()
     overlap = total.new_zeros(k).index_add(0, classes, true_p.flatten())
     pixels = total.new_zeros(k).index_add(0, classes, valid.to(total.dtype).flatten())
-    # A class in the target has pixels >= 1, so the clamp moves only absent ones and no smoothing term is needed.
-    dice = 2 * overlap / (total + pixels).clamp(min=1)
     present = pixels > 0
-    return (1 - dice) * present, present
+    # overlap + alpha * (total - overlap) + beta * (pixels - overlap): above 0 for a class in the target, so only the
+    # absent ones need the 1, and no smoothing term is needed.
+    size = ((1 - alpha - beta) * overlap + alpha * total + beta * pixels).where(present, 1)
+    return (1 - overlap / size) * present, present
 
 
 @_in_float32
@@ -135,7 +180,20 @@ def dice_loss(logits, target, *, ignore_index=255):
 
     Milletari et al. 2016 (arXiv 1606.04797), without the squares.
     """
-    loss, present = _dice_per_class(logits, target, ignore_index)
+    loss, present = _tversky_per_class(logits, target, ignore_index)
+    return _mean(loss.sum(), present.sum())
+
+
+@_in_float32
+def tversky_loss(logits, target, *, alpha, beta, ignore_index=255):
+    """1 - TP / (TP + alpha FP + beta FN), averaged over the classes in the target; soft sums over the batch.
+
+    TP = sum(p y), FP = sum(p (1 - y)), FN = sum((1 - p) y): beta above alpha favours recall. Salehi et al. 2017 (arXiv
+    1706.05721, best with 0.3 and 0.7); 0.5 and 0.5 is Dice, 1 and 1 is the soft IoU.
+    """
+    if alpha < 0 or beta <= 0:
+        raise ValueError(f"the Tversky loss needs alpha >= 0 and beta > 0, got {alpha} and {beta}")
+    loss, present = _tversky_per_class(logits, target, ignore_index, alpha, beta)
     return _mean(loss.sum(), present.sum())
 
 
@@ -177,16 +235,16 @@ def lovasz_softmax(logits, target, *, ignore_index=255):
     return total / len(present)
 
 
-def ce_dice(logits, target, *, ignore_index=255, weight=None, label_smoothing=0.0):
-    """cross_entropy (with weight, smoothing) + dice_loss (without), one to one, as in nnU-Net (Isensee et al. 2021)."""
-    ce = cross_entropy(logits, target, ignore_index=ignore_index, weight=weight, label_smoothing=label_smoothing)
+def ce_dice(logits, target, *, ignore_index=255, **options):
+    """cross_entropy (with its options) + dice_loss (without), one to one, as in nnU-Net (Isensee et al. 2021)."""
+    ce = cross_entropy(logits, target, ignore_index=ignore_index, **options)
     return ce + dice_loss(logits, target, ignore_index=ignore_index)
 
 
 # ---- binary tasks: logits (N, 2, H, W) of background and foreground ----
 
 
-def bce(logits, target, *, ignore_index=255, weight=None, label_smoothing=0.0):
+def bce(logits, target, *, ignore_index=255, **options):
     """Binary cross-entropy of the foreground logit, which is logits[:, 1] - logits[:, 0].
 
     The softmax of two logits is the sigmoid of their difference, so this is cross_entropy for K = 2, and a binary
@@ -197,27 +255,32 @@ def bce(logits, target, *, ignore_index=255, weight=None, label_smoothing=0.0):
             f"a binary loss needs 2 classes, logits (N, 2, H, W) of background and foreground, and got "
             f"{logits.shape[1]}: choose another loss, such as ce or ce-dice"
         )
-    return cross_entropy(logits, target, ignore_index=ignore_index, weight=weight, label_smoothing=label_smoothing)
+    return cross_entropy(logits, target, ignore_index=ignore_index, **options)
 
 
 @_in_float32
-def bce_dice(logits, target, *, ignore_index=255, weight=None, label_smoothing=0.0):
+def bce_dice(logits, target, *, ignore_index=255, **options):
     """bce + soft Dice of the foreground alone, one to one; the Dice part is 0 for a batch without foreground."""
-    ce = bce(logits, target, ignore_index=ignore_index, weight=weight, label_smoothing=label_smoothing)
-    return ce + _dice_per_class(logits, target, ignore_index)[0][1]
+    ce = bce(logits, target, ignore_index=ignore_index, **options)
+    return ce + _tversky_per_class(logits, target, ignore_index)[0][1]
 
 
 # ---- the table ----
 
-# name for --loss: (function, the options it takes besides ignore_index)
+# what the cross-entropy family can switch on
+FAMILY = ("weight", "label_smoothing", "boundary_weight")
+
+# name for --loss: (function, what may be switched on, the settings it needs)
 LOSSES = {
-    "ce": (cross_entropy, ("weight", "label_smoothing")),
-    "ohem": (ohem_cross_entropy, ("weight", "label_smoothing", "thresh", "min_kept")),
-    "dice": (dice_loss, ()),
-    "lovasz": (lovasz_softmax, ()),
-    "ce-dice": (ce_dice, ("weight", "label_smoothing")),
-    "bce": (bce, ("weight", "label_smoothing")),
-    "bce-dice": (bce_dice, ("weight", "label_smoothing")),
+    "ce": (cross_entropy, FAMILY, ()),
+    "focal": (focal_loss, ("weight", "boundary_weight"), ("gamma",)),
+    "ohem": (ohem_cross_entropy, FAMILY, ("thresh", "min_kept")),
+    "dice": (dice_loss, (), ()),
+    "tversky": (tversky_loss, (), ("alpha", "beta")),
+    "lovasz": (lovasz_softmax, (), ()),
+    "ce-dice": (ce_dice, FAMILY, ()),
+    "bce": (bce, FAMILY, ()),
+    "bce-dice": (bce_dice, FAMILY, ()),
 }
 
 
@@ -235,20 +298,31 @@ class Loss(nn.Module):
         return self.function(logits, target, **weight, **self.options)
 
 
-def make_loss(name, *, ignore_index, weight=None, label_smoothing=0.0, ohem_thresh=None, ohem_min_kept=None):
-    """Row `name` of LOSSES as a module; ohem_thresh and ohem_min_kept are needed, and read, only by ohem.
+def make_loss(
+    name, *, ignore_index, weight=None, label_smoothing=0.0, boundary_weight=0.0, boundary_width=None, **settings
+):
+    """Row `name` of LOSSES as a module.
 
-    Raises ValueError for an unknown name, and for class weights or smoothing given to a loss that would ignore them.
+    settings: `<row>_<option>` for what a row needs, such as ohem_thresh and ohem_min_kept; those of other rows are not
+    read. Raises ValueError for an unknown name, for a missing setting, and for class weights, smoothing or boundary
+    weights given to a loss that would ignore them.
     """
     if name not in LOSSES:
         raise ValueError(f"unknown loss {name!r}, choose one of: {', '.join(LOSSES)}")
-    function, takes = LOSSES[name]
-    for option, given in (("weight", weight is not None), ("label_smoothing", label_smoothing != 0)):
-        if given and option not in takes:
-            able = ", ".join(row for row, (_, options) in LOSSES.items() if option in options)
+    function, switches, needs = LOSSES[name]
+    options = {"label_smoothing": label_smoothing, "boundary_weight": boundary_weight}
+    options = {option: value for option, value in options.items() if value}
+    for option in [*options, *(["weight"] if weight is not None else [])]:
+        if option not in switches:
+            able = ", ".join(row for row in LOSSES if option in LOSSES[row][1])
             raise ValueError(f"the loss {name} has no use for {option}: leave it out, or choose one of: {able}")
-    if "thresh" in takes and None in (ohem_thresh, ohem_min_kept):
-        raise ValueError(f"the loss {name} needs ohem_thresh and ohem_min_kept")
-    options = {"label_smoothing": label_smoothing, "thresh": ohem_thresh, "min_kept": ohem_min_kept}
-    options = {option: value for option, value in options.items() if option in takes}
+    if boundary_weight:
+        if boundary_weight < 0 or boundary_width is None or boundary_width < 1:
+            given = f"{boundary_weight} and {boundary_width}"
+            raise ValueError(f"boundary_weight must be 0 or more and boundary_width 1 pixel or more, got {given}")
+        options["boundary_width"] = boundary_width
+    options |= {option: settings.get(f"{name}_{option}") for option in needs}
+    missing = [f"{name}_{option}" for option in needs if options[option] is None]
+    if missing:
+        raise ValueError(f"the loss {name} needs {' and '.join(missing)}")
     return Loss(function, weight=weight, ignore_index=ignore_index, **options)

@@ -27,9 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 FORMAT = 1  # version of the checkpoint layout
 
@@ -99,7 +101,7 @@ class ConvBackbone(nn.Module):
         return features[-len(self.channels) :]
 
 
-class Swin(ConvBackbone):
+class TorchvisionSwin(ConvBackbone):
     """Swin Transformer (Liu et al. 2021): stages that give (N, H, W, C), LayerNorm-ed as in its segmentation code.
 
     The deepest map has the norm before the classifier. The norms of the others have no scale and shift: the head's next
@@ -200,6 +202,7 @@ def _start_transformer(body, width, heads):
 
 def _transformers_body(cls, row, load, scratch, **options):
     """A model of the transformers library, with the weights of the row's hub name where `load` finds them."""
+    options["dtype"] = torch.float32  # whatever the file has
     return load(
         scratch=scratch,
         local=lambda path: _load_transformers(cls, path, row.numbers, **options),
@@ -292,7 +295,7 @@ def _build_swin(row, taps, _output_stride, load):
     stages = [net.features[a:b] for a, b in ((0, 2), (2, 4), (4, 6), (6, 8))]  # each begins with the halving
     channels = [row.numbers["embed_dim"] * 2**i for i in range(4)][-taps:]
     norms = [*(nn.LayerNorm(c, elementwise_affine=False) for c in channels[:-1]), net.norm]
-    return Swin(stages, channels, [4, 8, 16, 32][-taps:], norms), loaded
+    return TorchvisionSwin(stages, channels, [4, 8, 16, 32][-taps:], norms), loaded
 
 
 @dataclass(frozen=True)
@@ -655,6 +658,408 @@ def _copy_in_order(source, target):
     target.load_state_dict({k: new.view_as(old) if new.shape[:2] == old.shape[:2] else old for (k, old), new in pairs})
 
 
+def _double_conv(c_in, c_out, norm):
+    return nn.Sequential(conv_norm_relu(c_in, c_out, 3, norm), conv_norm_relu(c_out, c_out, 3, norm))
+
+
+class UnetDecoder(nn.Module):
+    """From the deepest map up: 2x2 transposed convolution, concatenate the next map, two 3x3 convolutions."""
+
+    stride = 1
+
+    def __init__(self, channels, num_classes, norm, dropout):
+        super().__init__()
+        pairs = list(itertools.pairwise(channels[::-1]))  # e.g. (1024, 512), (512, 256), ...
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(c, finer, 2, stride=2) for c, finer in pairs)
+        self.blocks = nn.ModuleList(_double_conv(2 * finer, finer, norm) for _, finer in pairs)
+        self.classifier = Classifier(channels[0], num_classes, dropout)
+
+    def forward(self, features):
+        x = features[-1]
+        for up, block, skip in zip(self.ups, self.blocks, features[-2::-1], strict=True):
+            x = block(torch.cat([skip, up(x)], dim=1))
+        return self.classifier(x)
+
+
+def _pooled_stages(channels, block):
+    """block(c_in, c_out) to each of `channels`, with 2x2 max-pooling between them: maps at stride 1, 2, 4, ..."""
+    stages = [block(3, channels[0])]
+    stages += [nn.Sequential(nn.MaxPool2d(2), block(a, b)) for a, b in itertools.pairwise(channels)]
+    return ConvBackbone(stages, list(channels), [2**i for i in range(len(channels))])
+
+
+def _build_unet(row, num_classes, load, *, norm, dropout, width):
+    """U-Net (Ronneberger et al. 2015), but with normalisation, and with padded convolutions, which keep the size.
+
+    `width` channels in the first stage (64 where it is None), twice as many in each of the next four.
+    """
+    channels = [(width or 64) * 2**i for i in range(5)]
+    backbone = _pooled_stages(channels, lambda a, b: _double_conv(a, b, norm))
+    return backbone, UnetDecoder(channels, num_classes, norm, dropout), (False, None)
+
+
+def max_unpool(x, pooled):
+    """F.max_unpool2d of x (N, C, h, w): each value goes where `pooled` (N, C, 2h, 2w) has its 2x2 window's maximum.
+
+    The same values and gradients as with the indices of F.max_pool2d(pooled, 2), the first of equal maxima included, in
+    operations that ONNX has, for any h and w; ONNX's own MaxUnpool is not exported.
+    """
+    best = F.max_pool2d(pooled, 2)
+    free, placed = torch.ones_like(best, dtype=torch.bool), []
+    for row, col in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        here = (pooled[..., row::2, col::2] == best) & free
+        free = free & ~here
+        placed.append(x * here)
+    return F.pixel_shuffle(torch.stack(placed, dim=2).flatten(1, 2), 2)
+
+
+class MaxUnpoolDecoder(nn.Module):
+    """From the deepest map up: 3x3 convolution to the channels of the next map, max-unpooling by that map."""
+
+    stride = 1
+
+    def __init__(self, channels, num_classes, norm, dropout):
+        super().__init__()
+        pairs = itertools.pairwise(channels[::-1])
+        self.blocks = nn.ModuleList(conv_norm_relu(c, finer, 3, norm) for c, finer in pairs)
+        self.last = conv_norm_relu(channels[0], channels[0], 3, norm)  # fills the zeros that the last unpooling leaves
+        self.classifier = Classifier(channels[0], num_classes, dropout)
+
+    def forward(self, features):
+        x = features[-1]
+        for block, pooled in zip(self.blocks, features[-2::-1], strict=True):
+            x = max_unpool(block(x), pooled)
+        return self.classifier(self.last(x))
+
+
+def _build_fcn_maxunpool(row, num_classes, load, *, norm, dropout):
+    """A plain encoder and its mirror image: the baseline of many courses, a small SegNet (Badrinarayanan et al. 2017).
+
+    Five 3x3 convolutions with 64, 128, 256, 512 and 2048 channels and 2x2 max-pooling between them; the decoder gets
+    nothing from the encoder but the places of the maxima.
+    """
+    channels = row.numbers["channels"]
+    backbone = _pooled_stages(channels, lambda a, b: conv_norm_relu(a, b, 3, norm))
+    return backbone, MaxUnpoolDecoder(channels, num_classes, norm, dropout), (False, None)
+
+
+# ENet's bottlenecks (Paszke et al. 2016, table 1): (kind, channels, number), where number is the dilation of the 3x3
+# convolution, or the length of the two kernels of an asymmetric one. "down" halves the size, "up" doubles it.
+_ENET_CONTEXT = (
+    ("conv", 128, 1), ("conv", 128, 2), ("asymmetric", 128, 5), ("conv", 128, 4),
+    ("conv", 128, 1), ("conv", 128, 8), ("asymmetric", 128, 5), ("conv", 128, 16),
+)  # fmt: skip
+ENET_ENCODER = (
+    (("down", 64, 1), *[("conv", 64, 1)] * 4),
+    (("down", 128, 1), *_ENET_CONTEXT, *_ENET_CONTEXT),
+)
+ENET_DECODER = (
+    (("up", 64, 1), *[("conv", 64, 1)] * 2),
+    (("up", 16, 1), ("conv", 16, 1)),
+)
+
+
+class EnetInitial(nn.Module):
+    """A 3x3 convolution of stride 2 to 13 channels beside the max-pooled image (figure 2a)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 13, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.Sequential(nn.BatchNorm2d(16), nn.PReLU(16))
+
+    def forward(self, x):
+        return self.norm(torch.cat([self.conv(x), F.max_pool2d(x, 2)], dim=1))
+
+
+class EnetBottleneck(nn.Module):
+    """1x1 to a quarter of the channels, a convolution, 1x1 back, spatial dropout; added to the main branch (figure 2b).
+
+    The main branch is the identity; of `down`, max-pooling with zeros for the new channels; of `up`, a 1x1 convolution
+    and max-unpooling by the map that went into the `down` of the same size.
+    """
+
+    def __init__(self, kind, c_in, c_out, number, dropout):
+        super().__init__()
+        self.kind, self.more, c = kind, c_out - c_in, c_out // 4
+        if kind == "asymmetric":
+            inner = [
+                nn.Conv2d(c, c, (number, 1), padding=(number // 2, 0), bias=False),
+                nn.Conv2d(c, c, (1, number), padding=(0, number // 2), bias=False),
+            ]
+        elif kind == "up":
+            inner = [nn.ConvTranspose2d(c, c, 3, stride=2, padding=1, output_padding=1, bias=False)]
+        else:
+            inner = [nn.Conv2d(c, c, 3, padding=number, dilation=number, bias=False)]
+        size = 2 if kind == "down" else 1
+        self.branch = nn.Sequential(
+            *(nn.Conv2d(c_in, c, size, stride=size, bias=False), nn.BatchNorm2d(c), nn.PReLU(c)),
+            *(*inner, nn.BatchNorm2d(c), nn.PReLU(c)),
+            *(nn.Conv2d(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out), nn.Dropout2d(dropout)),
+        )
+        self.main = None
+        if kind == "up":
+            self.main = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
+        self.act = nn.PReLU(c_out)
+
+    def forward(self, x, pooled=None):
+        main = x
+        if self.kind == "down":
+            main = F.pad(F.max_pool2d(x, 2), (0, 0, 0, 0, 0, self.more))
+        elif self.kind == "up":
+            main = max_unpool(self.main(x), pooled)
+        return self.act(main + self.branch(x))
+
+
+def _enet_stage(rows, c_in, dropout):
+    blocks = []
+    for kind, c_out, number in rows:
+        blocks.append(EnetBottleneck(kind, c_in, c_out, number, dropout))
+        c_in = c_out
+    return nn.Sequential(*blocks)
+
+
+class EnetDecoder(nn.Module):
+    """Two stages that unpool, then a transposed convolution to the logits."""
+
+    stride = 1
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        finer = channels[::-1]
+        self.stages = nn.ModuleList(_enet_stage(rows, c, 0.1) for rows, c in zip(ENET_DECODER, finer, strict=False))
+        self.classifier = nn.ConvTranspose2d(finer[-1], num_classes, 3, stride=2, padding=1, output_padding=1)
+
+    def forward(self, features):
+        x = features[-1]
+        for (up, *rest), pooled in zip(self.stages, features[-2::-1], strict=True):
+            x = up(x, pooled)
+            for block in rest:
+                x = block(x)
+        return self.classifier(x)
+
+
+def _build_enet(row, num_classes, load):
+    """ENet (Paszke et al. 2016). PReLU, one slope a channel, throughout; spatial dropout 0.01 in stage 1, 0.1 later.
+
+    Max-unpooling is max_unpool(): the decoder finds the maxima anew in the maps that encode() returns.
+    """
+    stages = [EnetInitial(), _enet_stage(ENET_ENCODER[0], 16, 0.01), _enet_stage(ENET_ENCODER[1], 64, 0.1)]
+    backbone = ConvBackbone(stages, [16, 64, 128], [2, 4, 8])
+    return backbone, EnetDecoder(backbone.channels, num_classes), (False, None)
+
+
+class Swin(nn.Module):
+    """Swin Transformer (Liu et al. 2021) from transformers: the LayerNorm-ed maps of its four stages."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.channels, self.strides = list(body.channels), [4, 8, 16, 32]
+        body.swin.layernorm.requires_grad_(False)  # normalises an output that is not used here
+        for module in body.modules():
+            if hasattr(module, "relative_position_index"):
+                # into the state dict, where transformers leaves it out: load_checkpoint() has no other values
+                module.register_buffer("relative_position_index", module.relative_position_index)
+
+    def forward(self, x):
+        return list(self.body(pixel_values=x).feature_maps)
+
+
+class Mask2FormerHead(nn.Module):
+    """Pixel decoder and transformer decoder of Mask2Former (Cheng et al. 2022), from transformers.
+
+    Q queries predict a class (or "no object") and a mask each; forward() turns them into logits a pixel, and loss() is
+    what trains them: logits a pixel cannot. Frozen with the backbone are both decoders: the class predictor, the last
+    layer, is what fine-tuning then trains.
+    """
+
+    stride = 4
+
+    def __init__(self, net):
+        super().__init__()
+        self.pixel_decoder = net.model.pixel_level_module.decoder
+        self.transformer = net.model.transformer_module
+        predictor = self.transformer.decoder.mask_predictor
+        # transformers keeps these layers in plain lists as well, so that it would not use one put in their place
+        predictor.mask_embedder = nn.Sequential(*(nn.Sequential(*m.layers) for m in predictor.mask_embedder.layers))
+        self.class_predictor = net.class_predictor
+
+    @property
+    def freezes_too(self):
+        return self.pixel_decoder, self.transformer
+
+    def queries(self, features):
+        """Feature maps -> [(classes (N, Q, K + 1), masks (N, Q, h, w))] of the decoder's layers, the last one first."""
+        with torch.autocast(features[0].device.type, enabled=False):  # bfloat16 is too coarse for sampling places
+            pixels = self.pixel_decoder([f.float() for f in features])
+        decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features)
+        classes = [self.class_predictor(hidden.transpose(0, 1)) for hidden in decoded.intermediate_hidden_states]
+        *others, last = zip(classes, decoded.masks_queries_logits, strict=True)
+        return [last, *others]
+
+    def forward(self, features):
+        return class_logits(*self.queries(features)[0])
+
+    def loss(self, features, target, ignore_index):
+        """Set loss of feature maps against target (N, H, W), which lies in the upper left of what they cover."""
+        (h, w), (height, width) = features[0].shape[-2:], target.shape[-2:]
+        padding = (0, self.stride * w - width, 0, self.stride * h - height)
+        return mask_set_loss(self.queries(features), F.pad(target, padding, value=ignore_index), ignore_index)
+
+
+def class_logits(classes, masks):
+    """Queries' classes (N, Q, K + 1) and masks (N, Q, h, w) -> logits (N, K, h, w), in float32.
+
+    They are the log of the sum over the queries of P(class) P(pixel in mask), which section 3.4 of MaskFormer (Cheng et
+    al. 2021) takes the arg max of; "no object" is left out.
+    """
+    with torch.autocast(masks.device.type, enabled=False):
+        classes, masks = classes.float().softmax(-1)[..., :-1], masks.float().sigmoid()
+        return torch.einsum("nqk,nqhw->nkhw", classes, masks).clamp(min=1e-10).log()
+
+
+def mask_set_loss(outputs, target, ignore_index, *, points=12544, weights=(2.0, 5.0, 5.0), no_object=0.1):
+    """Loss of sets of masks against target (N, H, W) (Cheng et al. 2022, section 3.3), summed over decoder layers.
+
+    outputs: [(classes (N, Q, K + 1), masks (N, Q, h, w))], the masks over the same area as the target. Every class in
+    an image is a mask to find. The Hungarian algorithm gives each the query that costs least, which learns its class
+    (cross-entropy) and its mask (binary cross-entropy and Dice, at random points); the others learn "no object", at the
+    weight `no_object`. weights: of the three losses, and of the matching's three costs.
+
+    In float32, whatever autocast says. Ignored pixels are out: a point interpolated from one counts nowhere, an image
+    of nothing else is no part of the batch, and where no image is left the loss is 0.
+    """
+    with torch.autocast(target.device.type, enabled=False):
+        ignored = target == ignore_index
+        used = ~ignored.flatten(1).all(1)  # images with a label
+        target, ignored = target[used], ignored[used].float()
+        labels = [t[t != ignore_index].unique() for t in target]
+        count = _mean_over_processes(sum(len(k) for k in labels), target.device)
+        if not labels:
+            return 0 * sum(classes.float().sum() + masks.float().sum() for classes, masks in outputs)
+        truth = [(t == k[:, None, None]).float() for t, k in zip(target, labels, strict=True)]  # (M, H, W) each
+        total = 0.0
+        for classes, masks in outputs:
+            losses = _layer_losses(
+                classes.float()[used], masks.float()[used], labels, truth, ignored, count, points, weights, no_object
+            )
+            total = total + sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+    return total
+
+
+def _layer_losses(classes, masks, labels, truth, ignored, count, points, weights, no_object):
+    """(class, mask, Dice) loss of one decoder layer; the latter two summed over the masks and divided by `count`."""
+    pairs = [
+        _match(c, m, k, t, i, points, weights)
+        for c, m, k, t, i in zip(classes, masks, labels, truth, ignored, strict=True)
+    ]
+    image = torch.cat([torch.full_like(q, n) for n, (q, _) in enumerate(pairs)])
+    query = torch.cat([q for q, _ in pairs])
+    wanted = torch.full(classes.shape[:2], classes.shape[2] - 1, device=classes.device)  # "no object" is the last
+    wanted[image, query] = torch.cat([k[found] for k, (_, found) in zip(labels, pairs, strict=True)])
+    class_weights = torch.ones(classes.shape[2], device=classes.device)
+    class_weights[-1] = no_object
+    class_loss = F.cross_entropy(classes.mT, wanted, class_weights)
+
+    masks, ignored = masks[image, query], ignored[image]  # (M, h, w), (M, H, W) of all images
+    truth = torch.cat([t[found] for t, (_, found) in zip(truth, pairs, strict=True)])
+    with torch.no_grad():
+        places = _uncertain_places(masks, ignored, points)
+        truth, valid = _sample(truth, places), _sample(ignored, places) == 0
+    masks, truth = _sample(masks, places), truth * valid
+    bce = F.binary_cross_entropy_with_logits(masks, truth, reduction="none") * valid
+    p = masks.sigmoid() * valid
+    dice = 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1)
+    return class_loss, (bce.sum(1) / valid.sum(1).clamp(min=1)).sum() / count, dice.sum() / count
+
+
+@torch.no_grad()
+def _match(classes, masks, labels, truth, ignored, points, weights):
+    """Queries and the true masks they are given, both (M,): the pairs of least cost in one image (Kuhn 1955).
+
+    classes (Q, K + 1), masks (Q, h, w), labels (M,), truth (M, H, W), ignored (H, W); all are compared at the same
+    random places.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    places = torch.rand(1, points, 2, device=masks.device)
+    masks, truth = _sample(masks, places), _sample(truth, places)  # (Q, P), (M, P)
+    valid = _sample(ignored[None], places) == 0  # (1, P)
+    truth, p = truth * valid, masks.sigmoid() * valid
+    bce = (F.softplus(-masks) * valid) @ truth.mT + (F.softplus(masks) * valid) @ (1 - truth).mT  # (Q, M)
+    dice = 1 - (2 * p @ truth.mT + 1) / (p.sum(1)[:, None] + truth.sum(1) + 1)
+    costs = (-classes.softmax(-1)[:, labels], bce / valid.sum().clamp(min=1), dice)
+    cost = sum(weight * c for weight, c in zip(weights, costs, strict=True))
+    query, found = linear_sum_assignment(cost.nan_to_num(posinf=1e9, neginf=-1e9, nan=1e9).cpu())  # loop reports NaN
+    return torch.as_tensor(query, device=masks.device), torch.as_tensor(found, device=masks.device)
+
+
+def _uncertain_places(masks, ignored, points, oversample=3, share=0.75):
+    """Random places (M, P, 2), a `share` the least certain of oversample * P (Kirillov et al. 2020, section 3.1)."""
+    places = torch.rand(len(masks), oversample * points, 2, device=masks.device)
+    doubt = -_sample(masks, places).abs()
+    doubt = doubt.masked_fill(_sample(ignored, places) > 0, -math.inf)
+    first = doubt.topk(int(share * points)).indices
+    chosen = places.gather(1, first[..., None].expand(-1, -1, 2))
+    more = torch.rand(len(masks), points - first.shape[1], 2, device=masks.device)
+    return torch.cat([chosen, more], dim=1)
+
+
+def _sample(maps, places):
+    """Bilinear samples (M, P) of maps (M, H, W) at places (M or 1, P, 2): x and y from 0 to 1, over the whole map."""
+    grid = 2 * places[:, None].expand(len(maps), -1, -1, -1) - 1
+    return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0, 0]
+
+
+def _mean_over_processes(count, device):
+    """The mean of `count` over the processes that train together, 1 at least (their gradients are averaged too)."""
+    count = torch.tensor(float(count), device=device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count /= dist.get_world_size()
+    return count.clamp(min=1)
+
+
+MASK2FORMER_SHAPE = (
+    "feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "encoder_layers", "decoder_layers",
+    "num_attention_heads", "dim_feedforward", "pre_norm", "num_queries",
+)  # fmt: skip
+
+
+def _build_mask2former(row, num_classes, load):
+    """Mask2Former (Cheng et al. 2022) with a Swin backbone; numbers: of SwinConfig and, under "decoder", of its own.
+
+    The class predictor of pretrained weights for another number of classes starts anew.
+    """
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    swin = {k: v for k, v in row.numbers.items() if k != "decoder"}
+    stages = [f"stage{i}" for i in range(1, 5)]
+    config = Mask2FormerConfig(
+        backbone_config=SwinConfig(**swin, drop_path_rate=0.3, out_features=stages),
+        num_labels=num_classes,
+        **row.numbers.get("decoder", {}),
+    )
+
+    def pretrained(name, offline=True):
+        net = Mask2FormerForUniversalSegmentation.from_pretrained(
+            name, num_labels=num_classes, ignore_mismatched_sizes=True, dtype=torch.float32, local_files_only=offline
+        )
+        wanted = {k: getattr(config, k) for k in MASK2FORMER_SHAPE} | swin
+        found = {k: getattr(net.config if k in MASK2FORMER_SHAPE else net.config.backbone_config, k) for k in wanted}
+        wrong = {k: v for k, v in found.items() if v != wanted[k]}
+        if wrong:
+            raise ModelError(f"its config.json has {wrong}, the chosen network needs {wanted}")
+        return net
+
+    net, loaded = load(
+        scratch=lambda: Mask2FormerForUniversalSegmentation(config),
+        local=pretrained,
+        hub=lambda offline: pretrained(row.weights, offline),
+    )
+    return Swin(net.model.pixel_level_module.encoder), Mask2FormerHead(net), loaded
+
+
 @dataclass(frozen=True)
 class NetworkRow:
     """One whole network: build(row, num_classes, load, **options) -> (backbone, head, (loaded, reason)).
@@ -674,6 +1079,11 @@ def _segformer(size, decoder_hidden_size, pretrained_on="ade-512-512"):
     return NetworkRow(_build_segformer, f"nvidia/segformer-{size}-finetuned-{pretrained_on}", numbers)
 
 
+def _mask2former(name, embed_dim, depths, num_heads, window_size):
+    numbers = dict(embed_dim=embed_dim, depths=depths, num_heads=num_heads, window_size=window_size)
+    return NetworkRow(_build_mask2former, f"facebook/mask2former-swin-{name}-cityscapes-semantic", numbers, options=())
+
+
 NETWORKS = {
     "fcn_resnet50": NetworkRow(_build_fcn_resnet50, options=("norm", "dropout", "aux")),
     "lite_deeplabv3": NetworkRow(_build_lite_deeplabv3, options=("norm", "dropout", "output_stride")),
@@ -683,6 +1093,12 @@ NETWORKS = {
     "segformer-b3": _segformer("b3", 768),
     "segformer-b4": _segformer("b4", 768),
     "segformer-b5": _segformer("b5", 768, "ade-640-640"),
+    "unet": NetworkRow(_build_unet, options=("norm", "dropout", "width")),
+    "enet": NetworkRow(_build_enet, options=()),
+    "fcn_maxunpool": NetworkRow(_build_fcn_maxunpool, numbers=dict(channels=(64, 128, 256, 512, 2048))),
+    "mask2former-swin-tiny": _mask2former("tiny", 96, [2, 2, 6, 2], [3, 6, 12, 24], 7),
+    "mask2former-swin-small": _mask2former("small", 96, [2, 2, 18, 2], [3, 6, 12, 24], 7),
+    "mask2former-swin-base": _mask2former("base-IN21k", 128, [2, 2, 18, 2], [4, 8, 16, 32], 12),
 }
 
 
@@ -693,7 +1109,8 @@ class SegmentationModel(nn.Module):
     """Backbone, head and, where asked for, an auxiliary head and a learned upsampling; see the top of this file.
 
     `build` holds the arguments that make the same network again; `pretrained` says whether pretrained weights were
-    loaded into the backbone and, where they were not, `pretrained_error` why.
+    loaded into the backbone and, where they were not, `pretrained_error` why. freeze_backbone: the backbone, and what
+    the head lists as `freezes_too`, keep their weights.
     """
 
     def __init__(self, backbone, head, *, aux_head=None, learned=None, freeze_backbone=False):
@@ -701,14 +1118,15 @@ class SegmentationModel(nn.Module):
         self.backbone, self.head, self.aux_head, self.learned = backbone, head, aux_head, learned
         self.channels, self.strides, self.stride = backbone.channels, backbone.strides, max(backbone.strides)
         self.freeze_backbone = freeze_backbone
-        if freeze_backbone:
-            backbone.requires_grad_(False)
+        self.frozen = [backbone, *getattr(head, "freezes_too", ())] if freeze_backbone else []
+        for part in self.frozen:
+            part.requires_grad_(False)
 
     def train(self, mode=True):
-        """Like nn.Module.train(), but a frozen backbone stays in eval mode: its norms must not move."""
+        """Like nn.Module.train(), but what is frozen stays in eval mode: its norms must not move."""
         super().train(mode)
-        if self.freeze_backbone:
-            self.backbone.eval()
+        for part in self.frozen:
+            part.eval()
         return self
 
     def encode(self, images):
@@ -757,6 +1175,7 @@ def build_model(
     upsample="bilinear",
     output_stride=None,
     aux=False,
+    width=None,
     pretrained="no",
     freeze_backbone=None,
 ):
@@ -764,20 +1183,23 @@ def build_model(
 
     model: a whole network, instead of backbone and head; it knows some of the options only.
     taps: 1 or 4 feature maps. norm, dropout, fuse: of the head. upsample: bilinear or learned. output_stride: 8, 16 or
-    32 for a convolutional backbone (None: what the head does best with). aux: auxiliary head for training.
+    32 for a convolutional backbone (None: what the head does best with). aux: auxiliary head for training. width:
+    channels of the first stage of a whole network (None: as published).
     pretrained: "auto" (use what the hub or its cache has, else none), "require", "no", or a local folder or file.
     freeze_backbone: None freezes a pretrained backbone and trains one from scratch.
     Raises ModelError for unknown names (listing the known ones) and for combinations that make no sense.
     """
     options = dict(
-        taps=taps, norm=norm, dropout=dropout, fuse=fuse, upsample=upsample, output_stride=output_stride, aux=aux
-    )
+        taps=taps, norm=norm, dropout=dropout, fuse=fuse, upsample=upsample, output_stride=output_stride, aux=aux,
+        width=width,
+    )  # fmt: skip
     checks = [
         (num_classes >= 2, f"num_classes {num_classes}: a network needs two classes or more"),
         (taps in (1, 4), f"--taps {taps}: choose 1 or 4"),
         (0 <= dropout < 1, f"--dropout {dropout}: must be at least 0 and below 1"),
         (output_stride in (None, 8, 16, 32), f"--output-stride {output_stride}: choose 8, 16 or 32"),
         (upsample in ("bilinear", "learned"), f"--upsample {upsample}: choose bilinear or learned"),
+        (width is None or width > 0, f"--width {width}: must be at least 1"),
         (not aux or taps > 1, "--aux reads the tap before the deepest: it needs --taps 4"),
     ]
     for fine, message in checks:
@@ -791,6 +1213,8 @@ def build_model(
         if backbone or head:
             raise ModelError(f"--model {model} is a whole network: leave out --backbone and --head")
         body, decoder, (loaded, reason) = _build_whole(model, num_classes, load, options)
+    if pretrained not in ("auto", "no") and not loaded:
+        raise ModelError(f"--pretrained {pretrained}: there are no pretrained weights of {model}; leave it out")
     learned = None
     if upsample == "learned":
         if decoder.stride != int(decoder.stride):
@@ -820,6 +1244,9 @@ def _build_pair(backbone, head, num_classes, load, options):
         raise ModelError(
             f"--output-stride: {backbone} has strides that dilation cannot replace; choose one of {dilatable}"
         )
+    if options["width"] is not None:
+        known = [name for name, network in NETWORKS.items() if "width" in network.options]
+        raise ModelError(f"--width is for --model {', '.join(known)}, not for --backbone and --head")
     stride = options["output_stride"] or head_row.output_stride
     body, loaded = row.build(row, options["taps"], stride, load)
     fuse = {"fuse": options["fuse"]} if head_row.fusable else {}
@@ -902,6 +1329,53 @@ def parameter_summary(model):
         total, trainable = count_params(part)
         lines.append(f"{name:10} {total:13,} {trainable:13,} {total * 4 / 2**20:9.2f}")
     return "\n".join(lines)
+
+
+# ---- inference ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fold_batchnorm(model, size=(64, 64)):
+    """Fold each BatchNorm2d of a network in eval mode into the convolution before it, in place -> how many were folded.
+
+    The convolution is the one that made the BatchNorm's input in a run on a random image of `size`; one that is called
+    twice, or a BatchNorm with another input, is left alone. Raises ModelError where the outputs differ afterwards,
+    which a convolution whose output is also read elsewhere would cause.
+    """
+    kinds, norms = (
+        (nn.Conv2d, nn.ConvTranspose2d),
+        {m: n for n, m in model.named_modules() if type(m) is nn.BatchNorm2d},
+    )
+    made, calls, pairs = {}, {}, {}  # tensors are kept until the end, so that no id is used twice
+
+    def after_conv(conv, inputs, output):
+        made[id(output)] = (conv, output)
+        calls[conv] = calls.get(conv, 0) + 1
+
+    def before_norm(norm, inputs):
+        calls[norm] = calls.get(norm, 0) + 1
+        pairs[norm] = made.get(id(inputs[0]), (None,))[0]
+
+    hooks = [m.register_forward_hook(after_conv) for m in model.modules() if type(m) in kinds]
+    hooks += [norm.register_forward_pre_hook(before_norm) for norm in norms]
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+    expected = model(images)
+    for hook in hooks:
+        hook.remove()
+    folded = 0
+    for norm, conv in pairs.items():
+        transposed = isinstance(conv, nn.ConvTranspose2d)
+        if conv is None or calls[norm] > 1 or calls[conv] > 1 or norm.training or (transposed and conv.groups > 1):
+            continue
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias, transposed
+        )
+        model.set_submodule(norms[norm], nn.Identity())
+        folded += 1
+    difference, largest = (model(images) - expected).abs().max(), expected.abs().max()
+    if not difference <= 1e-3 * max(1, largest):
+        raise ModelError(f"folding BatchNorm changed the logits by {difference:.3g} (largest {largest:.3g})")
+    return folded
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

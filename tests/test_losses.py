@@ -1,5 +1,6 @@
 """losses.py against hand-computed tables, brute-force loops and PyTorch's own functions."""
 
+import dataclasses
 import math
 import os
 
@@ -12,9 +13,12 @@ import torch.nn.functional as F
 import losses
 from losses import LOSSES, make_loss
 
+# What is slow to import is imported in the tests that use it: the processes spawned below read this file too.
+
 IGNORE = 255
 BINARY = ("bce", "bce-dice")
-OHEM = {"ohem_thresh": 0.5, "ohem_min_kept": 10}
+SETTINGS = {"ohem_thresh": 0.5, "ohem_min_kept": 10, "focal_gamma": 2.0, "tversky_alpha": 0.3, "tversky_beta": 0.7}
+BOUNDARY = {"boundary_weight": 4.0, "boundary_width": 1}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,7 +35,7 @@ def classes_for(name):
 
 
 def make(name, **options):
-    return make_loss(name, ignore_index=IGNORE, **OHEM, **options)
+    return make_loss(name, ignore_index=IGNORE, **SETTINGS | options)
 
 
 def batch(k, *, size=(2, 7, 5), ignored=0.2, scale=2.0, dtype=torch.float32, seed=0):
@@ -67,6 +71,13 @@ TABLE = [
     ("ohem", [0.6, 0.25, 0.8, 0.9], [1, 0, 1, 0], -math.log(0.6 * 0.1) / 2),
     # three hard pixels, all of them
     ("ohem", [0.4, 0.75, 0.8, 0.9], [1, 0, 1, 0], -math.log(0.4 * 0.25 * 0.1) / 3),
+    # gamma 2: (1 - p)^2 of 0.25, 0.0625, 0.04 and 0.81
+    (
+        "focal",
+        [0.5, 0.25, 0.8, 0.9],
+        [1, 0, 1, 0],
+        -(0.25 * math.log(0.5) + 0.0625 * math.log(0.75) + 0.04 * math.log(0.8) + 0.81 * math.log(0.1)) / 4,
+    ),
     # none hard, two tie for the second place, both kept
     ("ohem", [0.6, 0.7, 0.7, 0.9], [1, 1, 1, 1], -math.log(0.6 * 0.7 * 0.7) / 3),
     # one valid pixel where two were wanted
@@ -75,6 +86,8 @@ TABLE = [
     ("dice", [0.75, 0.25, 0.75, 0.25], [1, 0, 1, 0], 1 - 2 * 1.5 / 4),
     # only class 1 is in the target: overlap 1.0, sum p 1.0, sum y 2
     ("dice", [0.25, 0.75, 0.9, 0.9], [1, 1, 255, 255], 1 - 2 / 3),
+    # class 1: TP 1.0, FP 0.25 + 0.25 = 0.5, FN 1.0;  class 0: TP 1.5, FP 0.5 + 0.5 = 1.0, FN 0.5
+    ("tversky", [0.5, 0.25, 0.5, 0.25], [1, 0, 1, 0], 1 - (1 / (1 + 0.15 + 0.7) + 1.5 / (1.5 + 0.3 + 0.35)) / 2),
     # Only class 1, errors 0.5 and 0.25: the larger costs J({a}) = 1/2, the other 1 - 1/2.
     ("lovasz", [0.5, 0.75, 0.9, 0.9], [1, 1, 255, 255], 0.5 * 0.5 + 0.25 * 0.5),
     # class 1, foreground error 0.6, background error 0.2: 0.6 * J = 1, then 0.2 * (1 - 1) = 0; class 0 the other way
@@ -92,7 +105,7 @@ TABLE = [
 def test_four_pixels(name, p, target, expected):
     p = torch.tensor(p)
     logits = torch.stack([torch.zeros(4), (p / (1 - p)).log()]).view(1, 2, 2, 2)
-    loss = make_loss(name, ignore_index=IGNORE, ohem_thresh=0.5, ohem_min_kept=2)
+    loss = make(name, ohem_min_kept=2)
     assert loss(logits, torch.tensor(target).view(1, 2, 2)).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -150,6 +163,144 @@ def test_binary_losses_refuse_other_class_counts(name, k):
         make(name)(logits, target)
 
 
+# ---- weights near label boundaries ----
+
+
+def blocks(k):
+    """A batch whose target has areas of one class, and pixels far from any boundary."""
+    logits, _ = batch(k, size=(2, 12, 15))
+    _, coarse = batch(k, size=(2, 3, 5))
+    return logits, coarse.repeat_interleave(4, 1).repeat_interleave(3, 2)
+
+
+def looped_boundary(target, width):
+    """Pixel by pixel: valid, and another valid class no further than `width` rows and columns away."""
+    (n, h, w), found = target.shape, torch.zeros(target.shape, dtype=torch.bool)
+    for i in range(n):
+        for y in range(h):
+            for x in range(w):
+                around = target[i, max(0, y - width) : y + width + 1, max(0, x - width) : x + width + 1]
+                others = (around != IGNORE) & (around != target[i, y, x])
+                found[i, y, x] = target[i, y, x] != IGNORE and bool(others.any())
+    return found
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 20])
+def test_boundary_map_equals_a_loop(width):
+    _, target = blocks(3)
+    target[1, 3:] = 0
+    found = losses.boundary_map(target, IGNORE, width)
+    assert torch.equal(found, looped_boundary(target, width))
+    assert 0 < found.sum() < found.numel()
+
+
+def test_boundary_map_of_one_edge_and_of_ignored_pixels():
+    target = torch.zeros(1, 4, 10, dtype=torch.int64)
+    assert not losses.boundary_map(target, IGNORE, 3).any()  # the image's border is none
+    target[..., 4:6] = IGNORE
+    assert not losses.boundary_map(target, IGNORE, 3).any()
+    target[..., 6:] = 2
+    facing = [x in (3, 6) for x in range(10)]  # three pixels apart, over the ignored ones
+    assert losses.boundary_map(target, IGNORE, 3)[0].tolist() == [facing] * 4
+    target[..., 4:6] = 2
+    assert losses.boundary_map(target, IGNORE, 3)[0, 0].tolist() == [False] + [True] * 6 + [False] * 3
+
+
+@pytest.mark.parametrize("weight", [None, [0.5, 2.0, 0.3, 1.0]])
+def test_boundary_weights_multiply_loss_and_count(weight):
+    logits, target = batch(4, size=(2, 9, 7), ignored=0.3)
+    target[0] = target[0].where(target[0] == IGNORE, 0)  # no boundary in the first image
+    weight = None if weight is None else torch.tensor(weight)
+    pixel = 1 + 4 * looped_boundary(target, 1)
+    assert set(pixel[target != IGNORE].tolist()) == {1, 5}
+
+    def oracle(x, t):
+        valid = t != IGNORE
+        per_pixel = F.cross_entropy(x, t, weight, ignore_index=IGNORE, reduction="none")[valid] * pixel[valid]
+        return per_pixel.sum() / (pixel[valid] * (1 if weight is None else weight[t[valid]])).sum()
+
+    value, gradient = grad(make("ce", weight=weight, **BOUNDARY), logits, target)
+    expected, expected_gradient = grad(oracle, logits, target)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "boundary_weight" in LOSSES[name][1]])
+def test_boundary_weights_keep_what_every_loss_must(name):
+    logits, target = blocks(classes_for(name))
+    loss = make(name, **BOUNDARY)
+    assert torch.equal(make(name, boundary_weight=0.0, boundary_width=1)(logits, target), make(name)(logits, target))
+    value, gradient = grad(loss, logits, target)
+    assert value != make(name)(logits, target)
+    assert (gradient[(target == IGNORE).unsqueeze(1).expand_as(logits)] == 0).all()
+    padded = F.pad(logits, (0, 3, 0, 2), value=1.0), F.pad(target, (0, 3, 0, 2), value=IGNORE)
+    torch.testing.assert_close(loss(*padded), value)
+    nothing, no_gradient = grad(loss, logits.half(), torch.full_like(target, IGNORE))
+    assert nothing == 0
+    assert nothing.dtype == torch.float32
+    assert (no_gradient == 0).all()
+
+
+@pytest.mark.parametrize("boundary", [{"boundary_weight": -1.0, "boundary_width": 1}, {"boundary_weight": 1.0}])
+def test_senseless_boundary_weights_are_refused(boundary):
+    with pytest.raises(ValueError, match="boundary_width 1 pixel or more"):
+        make("ce", **boundary)
+
+
+# ---- focal loss ----
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
+def test_focal_equals_torchvisions_for_two_classes(gamma):
+    """torchvision's is the sigmoid form, and the softmax of two logits is the sigmoid of their difference."""
+    from torchvision.ops import sigmoid_focal_loss
+
+    logits, target = batch(2)
+
+    def oracle(x, t):
+        x, t = (x[:, 1] - x[:, 0])[t != IGNORE], t[t != IGNORE]
+        return sigmoid_focal_loss(x, t.float(), alpha=-1, gamma=gamma, reduction="mean")
+
+    value, gradient = grad(make("focal", focal_gamma=gamma), logits, target)
+    expected, expected_gradient = grad(oracle, logits, target)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("weight", [None, [0.5, 2.0, 0.3, 1.0]])
+def test_focal_equals_a_loop_and_gamma_0_is_cross_entropy(weight):
+    logits, target = batch(4)
+    weight = None if weight is None else torch.tensor(weight)
+    total = count = 0.0
+    for n, i, j in (target != IGNORE).nonzero().tolist():
+        p = logits[n, :, i, j].double().softmax(0)[target[n, i, j]].item()
+        w = 1.0 if weight is None else weight[target[n, i, j]].item()
+        total, count = total - w * (1 - p) ** 1.5 * math.log(p), count + w
+    assert make("focal", focal_gamma=1.5, weight=weight)(logits, target).item() == pytest.approx(
+        total / count, rel=1e-5
+    )
+    for options in ({"weight": weight}, {"weight": weight, **BOUNDARY}):
+        value, gradient = grad(make("focal", focal_gamma=0.0, **options), logits, target)
+        expected, expected_gradient = grad(make("ce", **options), logits, target)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_focal_is_finite_where_p_rounds_to_0_or_1(gamma):
+    """(1 - p)^gamma has an infinite slope at p = 1 for gamma < 1; times a loss of 0 that would be NaN."""
+    logits = torch.tensor([[300.0, -300.0], [-300.0, 300.0]]).view(1, 2, 1, 2)
+    value, gradient = grad(make("focal", focal_gamma=gamma), logits, torch.tensor([[[0, 0]]]))
+    assert value.item() == pytest.approx(600 / 2)
+    assert gradient[0, :, 0, 0].tolist() == [0, 0]
+    assert gradient[0, :, 0, 1].tolist() == pytest.approx([-0.5, 0.5])
+
+
+def test_focal_refuses_a_negative_gamma():
+    with pytest.raises(ValueError, match="gamma >= 0"):
+        make("focal", focal_gamma=-1.0)(*batch(3))
+
+
 # ---- OHEM against a loop ----
 
 
@@ -189,6 +340,18 @@ def test_ohem_ranks_pixels_whose_probability_underflows():
     assert value.item() == pytest.approx(300)
 
 
+def test_ohem_ranks_by_probability_whatever_the_weights():
+    """A boundary weight changes the mean of the kept pixels, not which are kept."""
+    logits, target = blocks(4)
+    _, plain = grad(make("ohem"), logits, target)
+    value, gradient = grad(make("ohem", **BOUNDARY), logits, target)
+    kept = plain.abs().sum(1) > 0
+    assert torch.equal(gradient.abs().sum(1) > 0, kept)
+    weights = 1 + 4 * looped_boundary(target, 1)[kept]
+    loss = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")[kept]
+    torch.testing.assert_close(value, (loss * weights).sum() / weights.sum())
+
+
 @pytest.mark.parametrize(("thresh", "min_kept"), [(0.0, 1), (1.1, 1), (0.5, -1)])
 def test_ohem_refuses_senseless_settings(thresh, min_kept):
     with pytest.raises(ValueError, match="thresh"):
@@ -211,6 +374,38 @@ def test_dice_equals_a_loop():
                 size += probs[n, k, i, j] + (t == k)
         scores.append(2 * overlap / size)
     assert make("dice")(logits, target).item() == pytest.approx(1 - np.mean(scores), rel=1e-5)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.7), (0.0, 1.0), (1.0, 1.0), (2.0, 0.5)])
+def test_tversky_equals_a_loop(alpha, beta):
+    logits, target = batch(5)
+    target[target == 3] = 0  # class 3 is absent
+    probs = logits.double().softmax(1).numpy()
+    scores = []
+    for k in (0, 1, 2, 4):
+        tp = fp = fn = 0.0
+        for (n, i, j), t in np.ndenumerate(target.numpy()):
+            if t == k:
+                tp, fn = tp + probs[n, k, i, j], fn + 1 - probs[n, k, i, j]
+            elif t != IGNORE:
+                fp += probs[n, k, i, j]
+        scores.append(tp / (tp + alpha * fp + beta * fn))
+    loss = make("tversky", tversky_alpha=alpha, tversky_beta=beta)
+    assert loss(logits, target).item() == pytest.approx(1 - np.mean(scores), rel=1e-5)
+
+
+def test_tversky_with_two_halves_is_dice():
+    logits, target = batch(4)
+    value, gradient = grad(make("tversky", tversky_alpha=0.5, tversky_beta=0.5), logits, target)
+    expected, expected_gradient = grad(make("dice"), logits, target)
+    assert torch.equal(value, expected)
+    assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(-0.1, 0.5), (0.5, 0.0)])
+def test_tversky_refuses_senseless_settings(alpha, beta):
+    with pytest.raises(ValueError, match="beta > 0"):
+        make("tversky", tversky_alpha=alpha, tversky_beta=beta)(*batch(3))
 
 
 def lovasz_extension(set_function, errors):
@@ -251,6 +446,12 @@ def test_hard_predictions_give_one_minus_iou_and_one_minus_f1():
     assert set(flat["y_true"]) == set(range(4))
     assert make("lovasz")(logits, target).item() == pytest.approx(1 - metrics.jaccard_score(**flat), rel=1e-5)
     assert make("dice")(logits, target).item() == pytest.approx(1 - metrics.f1_score(**flat), rel=1e-5)
+    for alpha, beta, score in (
+        (1.0, 1.0, metrics.jaccard_score(**flat)),
+        (0.2, 0.8, metrics.fbeta_score(**flat, beta=2)),  # F_b: alpha 1 / (1 + b^2), beta b^2 / (1 + b^2)
+    ):
+        tversky = make("tversky", tversky_alpha=alpha, tversky_beta=beta)
+        assert tversky(logits, target).item() == pytest.approx(1 - score, rel=1e-5)
 
 
 def test_lovasz_weights_keep_their_digits_on_large_maps():
@@ -294,7 +495,7 @@ def test_ignored_pixels_count_for_nothing(name):
 def test_ignore_index_may_be_a_class(name):
     logits, target = batch(classes_for(name))
     expected, expected_gradient = grad(make(name), logits, target.where(target != 0, IGNORE))
-    loss = make_loss(name, ignore_index=0, **OHEM)
+    loss = make_loss(name, ignore_index=0, **SETTINGS)
     value, gradient = grad(loss, logits, target.where(target != IGNORE, 0))
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(gradient, expected_gradient)
@@ -341,8 +542,9 @@ def test_autocast_is_off_inside():
 def test_gradient_by_finite_differences(name):
     """In double, which is not lowered to float32. OHEM and Lovasz are smooth where no two pixels tie."""
     logits, target = batch(classes_for(name), size=(1, 3, 4), dtype=torch.float64)
-    options = {"weight": torch.rand(classes_for(name)), "label_smoothing": 0.1} if LOSSES[name][1] else {}
-    loss = make_loss(name, ignore_index=IGNORE, ohem_thresh=0.3, ohem_min_kept=5, **options)
+    options = {"weight": torch.rand(classes_for(name)), "label_smoothing": 0.1, "boundary_weight": 3.0}
+    options = {option: value for option, value in options.items() if option in LOSSES[name][1]}
+    loss = make(name, ohem_thresh=0.3, ohem_min_kept=5, boundary_width=1, **options)
     assert loss(logits, target).dtype == torch.float64
     assert torch.autograd.gradcheck(lambda x: loss(x, target), logits.requires_grad_())
 
@@ -385,21 +587,26 @@ def test_unknown_name_lists_the_names():
     assert all(name in str(error.value) for name in LOSSES)
 
 
-def test_ohem_needs_its_settings():
-    with pytest.raises(ValueError, match="ohem_min_kept"):
-        make_loss("ohem", ignore_index=IGNORE, ohem_thresh=0.5)
+@pytest.mark.parametrize("missing", SETTINGS)
+def test_a_loss_needs_its_settings_and_no_others(missing):
+    settings = {name: value for name, value in SETTINGS.items() if name != missing}
+    with pytest.raises(ValueError, match=f"needs {missing}"):
+        make_loss(missing.partition("_")[0], ignore_index=IGNORE, **settings)
+    for name in LOSSES.keys() - {missing.partition("_")[0]}:
+        make_loss(name, ignore_index=IGNORE, **settings)
 
 
 @every_loss
-@pytest.mark.parametrize("options", [{"weight": torch.tensor([1.0, 3.0, 5.0, 7.0])}, {"label_smoothing": 0.2}])
-def test_an_option_has_an_effect_or_is_refused(name, options):
+@pytest.mark.parametrize("option", ["weight", "label_smoothing", "boundary_weight"])
+def test_an_option_has_an_effect_or_is_refused(name, option):
     k = classes_for(name)
-    options = {key: value if key == "label_smoothing" else value[:k] for key, value in options.items()}
-    if next(iter(options)) not in LOSSES[name][1]:
+    value = torch.tensor([1.0, 3.0, 5.0, 7.0])[:k] if option == "weight" else 0.2
+    options = {option: value, "boundary_width": 1}
+    if option not in LOSSES[name][1]:
         with pytest.raises(ValueError, match="no use for"):
             make(name, **options)
         return
-    logits, target = batch(k)
+    logits, target = blocks(k)
     assert make(name, **options)(logits, target) != make(name)(logits, target)
 
 
@@ -422,7 +629,12 @@ def shares():
     return logits, target, (slice(0, 2), slice(2, 4))
 
 
-WEIGHT = [0.5, 2.0, 0.3, 1.0]
+GLOBAL_MEANS = {  # losses whose mean is over the pixels of all ranks
+    "plain": ("ce", {}),
+    "weighted": ("ce", {"weight": torch.tensor([0.5, 2.0, 0.3, 1.0])}),
+    "boundary": ("ce", BOUNDARY),
+    "focal": ("focal", {}),
+}
 
 
 def rank_main(rank, folder):
@@ -432,9 +644,8 @@ def rank_main(rank, folder):
         logits, target, images = shares()
         logits, target = logits[images[rank]], target[images[rank]]
         result = {}
-        for weighted in (False, True):
-            loss = make("ce", weight=torch.tensor(WEIGHT) if weighted else None)
-            result[weighted] = grad(loss, logits, target)
+        for key, (name, options) in GLOBAL_MEANS.items():
+            result[key] = grad(make(name, **options), logits, target)
         # Every pixel of every rank is ignored: the global count is 0.
         result["empty"] = grad(make("ce"), logits, torch.full_like(target, IGNORE))
         if rank == 0:  # One rank alone, as in evaluation: it must not wait for the other.
@@ -449,16 +660,121 @@ def test_two_processes_average_to_the_single_process_loss(tmp_path):
     torch.multiprocessing.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     logits, target, images = shares()
-    for weighted in (False, True):
-        value, gradient = grad(make("ce", weight=torch.tensor(WEIGHT) if weighted else None), logits, target)
-        torch.testing.assert_close((ranks[0][weighted][0] + ranks[1][weighted][0]) / 2, value)
+    for key, (name, options) in GLOBAL_MEANS.items():
+        value, gradient = grad(make(name, **options), logits, target)
+        torch.testing.assert_close((ranks[0][key][0] + ranks[1][key][0]) / 2, value)
         # DDP divides the sum of the gradients by 2; each rank saw its own images only.
-        torch.testing.assert_close(torch.cat([ranks[0][weighted][1], ranks[1][weighted][1]]) / 2, gradient)
+        torch.testing.assert_close(torch.cat([ranks[0][key][1], ranks[1][key][1]]) / 2, gradient)
     for rank in range(2):
         value, gradient = ranks[rank]["empty"]
         assert value == 0
         assert (gradient == 0).all()
     torch.testing.assert_close(ranks[0]["alone"], make("ce")(logits[images[0]], target[images[0]]))
+
+
+# ---- in training ----
+
+
+@every_loss
+def test_every_loss_supervises_the_auxiliary_head(name):
+    import models
+    import train
+
+    images, (_, target) = torch.randn(2, 3, 28, 28), batch(classes_for(name), size=(2, 28, 28))
+    torch.manual_seed(0)
+    model = models.build_model(num_classes=classes_for(name), backbone="dinov2-tiny", head="fpn", aux=True).eval()
+    loss = make(name, **BOUNDARY if "boundary_weight" in LOSSES[name][1] else {})
+    first, aux = (model.resize(x, (28, 28)) for x in model.predictions(model.encode(images)))
+    value = train.Objective(model, loss, 0.4)(images, target)
+    torch.testing.assert_close(value, loss(first, target) + 0.4 * loss(aux, target))
+    value.backward()
+    assert all(p.grad.abs().sum() > 0 for p in (*model.head.parameters(), *model.aux_head.parameters()))
+
+
+RECIPE = (
+    "--optimizer adamw --schedule poly --power 1.0 --class-weights effective --loss ohem --ohem-thresh 0.5 "
+    "--ohem-kept 10000 --aux --aux-weight 0.4 --scale 0.5 2"
+)
+
+
+@pytest.fixture
+def describe(monkeypatch, tmp_path):
+    """Flags -> what train.py makes of them, seen where it would begin to train."""
+    import datasets
+    import train
+
+    row = dataclasses.replace(datasets.DATASETS["synthetic"], lengths={"train": 8, "val": 2, "test": 2})
+    monkeypatch.setitem(datasets.DATASETS, "synthetic", row)
+    monkeypatch.setattr(train, "time_steps", lambda *parts: parts)
+    monkeypatch.setattr(train.evaluate, "plot_class_distribution", lambda *parts: None)
+
+    def describe(flags):
+        small = "--backbone dinov2-tiny --size 28 42 --crop 28 28 --amp off --warmup 0 --epochs 2 --time-steps 1"
+        objective, train_set, _, optimizer, schedule, *_ = train.main(
+            [*small.split(), *flags.split(), "--out", str(tmp_path)]
+        )
+        model = objective.model
+        return {
+            "optimizer": type(optimizer),
+            "schedule": schedule(1),  # halfway
+            "loss": objective.loss.function,
+            "weights": objective.loss.weight is not None,
+            "outputs": len(model.predictions(model.encode(torch.zeros(2, 3, 28, 28)))),
+            "aux_weight": objective.aux_weight,
+            "scale": tuple(train_set.transform.transforms[0].scale),
+        }
+
+    return describe
+
+
+def test_each_trick_of_the_recipe_can_be_turned_off_alone(describe):
+    recipe = describe(RECIPE)
+    assert recipe == {
+        "optimizer": torch.optim.AdamW,
+        "schedule": 0.5,
+        "loss": losses.ohem_cross_entropy,
+        "weights": True,
+        "outputs": 2,
+        "aux_weight": 0.4,
+        "scale": (0.5, 2.0),
+    }
+    for off, what, value in (
+        ("--optimizer sgd", "optimizer", torch.optim.SGD),
+        ("--power 0.9", "schedule", pytest.approx(0.5**0.9)),
+        ("--loss ce", "loss", losses.cross_entropy),
+        ("--class-weights none", "weights", False),
+        ("--no-aux", "outputs", 1),
+        ("--scale 1 1", "scale", (1.0, 1.0)),
+    ):
+        assert describe(f"{RECIPE} {off}") == recipe | {what: value}, off
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "options"),
+    [
+        ("--loss focal --focal-gamma 1.5", "focal", {"focal_gamma": 1.5}),
+        (
+            "--loss tversky --tversky-alpha 0.2 --tversky-beta 0.9",
+            "tversky",
+            {"tversky_alpha": 0.2, "tversky_beta": 0.9},
+        ),
+        ("--loss ce --boundary-weight 4 --boundary-width 1", "ce", BOUNDARY),
+        ("--loss ohem --ohem-thresh 0.01 --ohem-kept 7", "ohem", {"ohem_thresh": 0.01, "ohem_min_kept": 7}),
+    ],
+)
+def test_flags_reach_the_loss(flags, name, options, tmp_path, monkeypatch):
+    import datasets
+    import models
+    import train
+
+    monkeypatch.setattr(train.evaluate, "plot_class_distribution", lambda *parts: None)
+    args = train.get_parser().parse_args(flags.split())
+    train_set = datasets.open_dataset("synthetic", "train", size=(28, 42), length=2)
+    model = models.build_model(num_classes=19, backbone="dinov2-tiny", head="linear")
+    logits, target = blocks(19)
+    expected = make(name, **options)(logits, target)
+    assert torch.equal(train.make_loss(args, model, train_set, tmp_path)(logits, target), expected)
+    assert expected != make(name)(logits, target)
 
 
 # ---- CUDA ----

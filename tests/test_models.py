@@ -1,7 +1,7 @@
 """Networks: the contract for every row, published numbers, torchvision and transformers as oracles, checkpoints."""
 
-import contextlib
 import dataclasses
+import itertools
 import os
 
 import pytest
@@ -130,9 +130,11 @@ def test_the_contract(check, net, tmp_path):
 def test_every_row(net, tmp_path):
     """Shapes of every row without computing (so the biggest, too); small ones go through the whole contract."""
     model = on_meta(num_classes=5, **net)
-    # the meta device has no values, which some operations need to tell the shape of their result
-    with torch.no_grad(), contextlib.suppress(NotImplementedError):
-        assert model(torch.empty(2, 3, 45, 61, device="meta")).shape == (2, 5, 45, 61)
+    with torch.no_grad():
+        features = model.encode(torch.empty(2, 3, 45, 61, device="meta"))
+        assert [f.shape[1] for f in features] == model.channels
+        if not hasattr(model.head, "loss"):  # Mask2Former's decoder needs the values, which the meta device has not
+            assert model.resize(model.decode(features), (45, 61)).shape == (2, 5, 45, 61)
     if count_params(model)[0] <= SMALL:
         for check in CONTRACT:
             check(net, tmp_path)
@@ -197,6 +199,46 @@ def test_predictions_add_auxiliary_logits_for_training_only():
     torch.testing.assert_close(aux.predictions(features)[0], aux.decode(features))
     c = 256  # the tap before the deepest of resnet18
     assert count_params(aux.aux_head)[0] == c * c // 4 * 9 + 2 * c // 4 + c // 4 * 3 + 3
+
+
+def randomize_norms(model):
+    """BatchNorms as after a training: statistics and scales that matter."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t, low in ((m.running_mean, -0.5), (m.running_var, 0.5), (m.weight.data, 0.5), (m.bias.data, -0.5)):
+                t.uniform_(low, low + 1)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("backbone", TRAINABLE_HERE)
+def test_folding_batchnorm_leaves_none_and_changes_nothing(backbone, head):
+    model = build(backbone, head).eval()
+    randomize_norms(model)
+    images = torch.randn(2, 3, 45, 61)
+    with torch.inference_mode():
+        before = model(images)
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    lone = norms if head == "linear" else 0  # its norms follow no convolution
+    assert models.fold_batchnorm(model) == norms - sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) <= lone
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-4 * before.abs().max().item())
+
+
+def test_folding_refuses_a_convolution_that_is_read_twice():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return x + self.norm(x)
+
+    model = Forked().eval()
+    randomize_norms(model)
+    with pytest.raises(ModelError, match="changed the logits"):
+        models.fold_batchnorm(model)
 
 
 def test_ocr_gathers_one_representation_a_class_as_the_paper_writes_it():
@@ -535,6 +577,8 @@ def test_mit_and_segformer_load_a_local_folder(tmp_path):
     assert torch.equal(model.head.mix[1].running_mean, saved.decode_head.batch_norm.running_mean)
     assert torch.equal(model.head.laterals[2].weight[..., 0, 0], saved.decode_head.linear_projections[2].proj.weight)
     assert model.head.classifiers[0][1].weight.shape[0] == 3
+    saved.half().save_pretrained(tmp_path / "half")
+    assert {p.dtype for p in build("mit-tiny", pretrained=str(tmp_path / "half")).parameters()} == {torch.float32}
     group = build(model="segformer-tiny", norm="group", pretrained=str(tmp_path / "whole"))
     assert group.pretrained  # the backbone: another head has weights of its own
 
@@ -677,3 +721,378 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path):
 def test_wrong_names_and_combinations_list_the_right_ones(options, words):
     with pytest.raises(ModelError, match=words):
         build(**options)
+
+
+# ---- whole networks: U-Net, ENet, FCN with max-unpooling, Mask2Former ----
+
+SMALL_NETWORKS = {"unet": {"width": 8}, "enet": {}, "fcn_maxunpool": {}, "mask2former-tiny": {}}
+
+
+def build_whole(name, num_classes=3, **options):
+    torch.manual_seed(0)
+    return build_model(num_classes=num_classes, model=name, **SMALL_NETWORKS[name], **options)
+
+
+@pytest.mark.parametrize("name", SMALL_NETWORKS)
+def test_a_whole_network_keeps_the_contract(name, tmp_path):
+    model = build_whole(name)
+    images = torch.randn(2, 3, 45, 61)
+    features = model.encode(images)
+    padded = [n + -n % model.stride for n in (45, 61)]
+    assert [list(f.shape[1:]) for f in features] == [
+        [c, *(n // s for n in padded)] for c, s in zip(model.channels, model.strides, strict=True)
+    ]
+    logits = model(images)
+    assert logits.shape == (2, 3, 45, 61)
+    logits.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    save(tmp_path / "a.pt", model.eval())
+    loaded, _ = load_checkpoint(tmp_path / "a.pt")
+    with torch.inference_mode():
+        exact = model(images)
+        assert torch.equal(loaded(images), exact)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(images)
+    assert rough.isfinite().all()
+    assert (rough.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("name", SMALL_NETWORKS)
+@pytest.mark.parametrize("num_classes", [2, 19])
+def test_training_a_whole_network_lowers_its_loss(name, num_classes):
+    model = build_whole(name, num_classes)
+    images, target = torch.randn(1, 3, 64, 64), torch.randint(num_classes, (1, 8, 8)).repeat_interleave(8, 1)
+    target = target.repeat_interleave(8, 2)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-2), []
+    for _ in range(3):
+        torch.manual_seed(0)  # dropout, and the points of Mask2Former's loss
+        if hasattr(model.head, "loss"):
+            loss = model.head.loss(model.encode(images), target, 255)
+        else:
+            loss = F.cross_entropy(model(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "low", "high"),
+    [
+        ("unet", 2, 31_037_698, 31_037_698),  # milesial/Pytorch-UNet: the same layers, two classes
+        ("enet", 19, 350_000, 370_000),  # the paper's 0.37 M, and 0.35 M of a re-implementation
+        ("mask2former-swin-tiny", 133, 46.5e6, 47.5e6),  # the paper's tables: 47, 69 and 107 M
+        ("mask2former-swin-small", 133, 68.5e6, 69.5e6),
+        ("mask2former-swin-base", 133, 106.5e6, 107.5e6),
+    ],
+)
+def test_whole_networks_have_the_published_parameters(name, num_classes, low, high):
+    assert low <= count_params(on_meta(num_classes=num_classes, model=name))[0] <= high
+
+
+# ---- U-Net ----
+
+
+def test_unets_parameters_by_hand():
+    def double(c_in, c):
+        return 9 * c_in * c + 9 * c * c + 2 * 2 * c  # two convolutions without bias, two BatchNorms
+
+    for width in (8, 64):
+        c = [width * 2**i for i in range(5)]
+        down = double(3, c[0]) + sum(double(a, b) for a, b in itertools.pairwise(c))
+        up = sum(4 * b * a + a + double(2 * a, a) for a, b in itertools.pairwise(c))  # 2x2 transposed, with bias
+        model = on_meta(num_classes=19, model="unet", width=width)
+        assert model.channels == c
+        assert count_params(model)[0] == down + up + c[0] * 19 + 19
+    assert count_params(on_meta(num_classes=19, model="unet"))[0] == count_params(model)[0]  # 64 is the default
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "enet", "width": 32}, "--width 32: enet"),
+        ({"backbone": "resnet18", "width": 32}, "--width is for --model unet"),
+        ({"model": "unet", "width": 0}, "--width 0"),
+        ({"model": "enet", "norm": "group"}, "--norm group: enet is a whole network, which knows none"),
+        ({"model": "mask2former-tiny", "aux": True}, "--aux True: mask2former-tiny"),
+        ({"model": "unet", "pretrained": "require"}, "no pretrained weights of unet"),
+        ({"model": "enet", "pretrained": "some.pth"}, "no pretrained weights of enet"),
+    ],
+)
+def test_options_of_other_networks_are_refused(options, words):
+    with pytest.raises(ModelError, match=words):
+        build_model(num_classes=3, **options)
+
+
+# ---- max-unpooling, ENet ----
+
+
+def test_max_unpooling_equals_torchs_with_ties_and_gradients():
+    torch.manual_seed(0)
+    for pooled in (torch.randn(2, 5, 8, 12), torch.randn(2, 5, 8, 12).relu(), torch.randint(3, (2, 5, 8, 12)).float()):
+        small, indices = F.max_pool2d(pooled, 2, return_indices=True)
+        ours, theirs = (torch.randn_like(small).requires_grad_() for _ in range(2))
+        theirs.data = ours.data.clone()
+        out, oracle = models.max_unpool(ours, pooled), F.max_unpool2d(theirs, indices, 2)
+        assert torch.equal(out, oracle)
+        weight = torch.randn_like(out)
+        (out * weight).sum().backward()
+        (oracle * weight).sum().backward()
+        assert torch.equal(ours.grad, theirs.grad)
+    assert (pooled == small.repeat_interleave(2, 2).repeat_interleave(2, 3)).sum() > small.numel()  # there were ties
+
+
+def test_max_unpooling_exports_for_any_size(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Around(nn.Module):
+        def forward(self, x):
+            x = F.pad(x, (0, -x.shape[3] % 2, 0, -x.shape[2] % 2)).relu()
+            return models.max_unpool(F.max_pool2d(x, 2) + 1, x).argmax(1)
+
+    free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    example = torch.randn(2, 3, 9, 13)
+    program = torch.onnx.export(Around().eval(), (example,), dynamo=True, dynamic_shapes=(free,), verbose=False)
+    program.save(tmp_path / "a.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    for size in ((9, 13), (6, 8), (31, 18)):
+        x = torch.randn(1, 3, *size)
+        (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert torch.equal(torch.from_numpy(out), Around()(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet", "enet", "fcn_maxunpool"])
+def test_whole_networks_export_for_any_size(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = build_whole(name)
+    model(torch.randn(2, 3, 64, 64))  # BatchNorm statistics of its own
+    free = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    example = torch.randn(1, 3, 70, 90)
+    torch.onnx.export(model.eval(), (example,), dynamo=True, dynamic_shapes=(free,), verbose=False).save(
+        tmp_path / "a.onnx"
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    x = torch.randn(1, 3, 45, 61)
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.inference_mode():
+        assert torch.equal(torch.from_numpy(out).argmax(1), model(x).argmax(1))
+
+
+def test_enet_has_the_papers_stages():
+    model = on_meta(num_classes=12, model="enet")
+    features = model.encode(torch.zeros(1, 3, 512, 512, device="meta"))
+    assert [tuple(f.shape[1:]) for f in features] == [(16, 256, 256), (64, 128, 128), (128, 64, 64)]  # table 1
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert sorted(m.dilation[0] for m in convs if m.dilation[0] > 1) == [2, 2, 4, 4, 8, 8, 16, 16]
+    assert sum(m.kernel_size == (5, 1) for m in convs) == sum(m.kernel_size == (1, 5) for m in convs) == 4
+    assert sum(m.p == 0.01 for m in model.modules() if isinstance(m, nn.Dropout2d)) == 5  # stage 1; 0.1 later
+    assert sum(m.p == 0.1 for m in model.modules() if isinstance(m, nn.Dropout2d)) == 17 + 5
+
+
+# ---- Mask2Former ----
+
+
+def mask2former_oracle(model):
+    """transformers' own network around the same modules."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+
+    head = model.head
+    config = Mask2FormerConfig(
+        backbone_config=model.backbone.body.config,
+        num_labels=head.class_predictor.out_features - 1,
+        **models.NETWORKS["mask2former-tiny"].numbers["decoder"],
+    )
+    net = Mask2FormerForUniversalSegmentation(config)
+    net.model.pixel_level_module.encoder = model.backbone.body
+    net.model.pixel_level_module.decoder = head.pixel_decoder
+    net.model.transformer_module, net.class_predictor = head.transformer, head.class_predictor
+    return net
+
+
+def blocks(n=2, size=64, num_classes=3):
+    """Targets (n, size, size) of squares of 8 pixels."""
+    g = torch.Generator().manual_seed(3)
+    small = torch.randint(num_classes, (n, size // 8, size // 8), generator=g)
+    return small.repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+
+def test_mask2formers_logits_give_transformers_segmentation():
+    from types import SimpleNamespace
+
+    from transformers.models.mask2former.image_processing_mask2former import Mask2FormerImageProcessor
+
+    model = build_whole("mask2former-tiny").eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        classes, masks = model.head.queries(model.encode(images))[0]
+        theirs = mask2former_oracle(model).eval()(pixel_values=images)
+        torch.testing.assert_close(classes, theirs.class_queries_logits)
+        torch.testing.assert_close(masks, theirs.masks_queries_logits)
+        # The processor resizes masks to 384 x 384 before it sums them, we sum at stride 4: compare at one size.
+        g = torch.Generator().manual_seed(0)
+        classes, masks = torch.randn(2, 10, 4, generator=g), 5 * torch.randn(2, 10, 384, 384, generator=g)
+        outputs = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+        wanted = Mask2FormerImageProcessor().post_process_semantic_segmentation(outputs)
+        logits = models.class_logits(classes, masks)
+    assert torch.equal(logits.argmax(1), torch.stack(wanted))
+    summed = torch.einsum("nqk,nqhw->nkhw", classes.softmax(-1)[..., :-1], masks.sigmoid())
+    torch.testing.assert_close(logits.softmax(1), summed / summed.sum(1, keepdim=True))
+
+
+def test_mask2formers_loss_equals_transformers():
+    model = build_whole("mask2former-tiny")
+    images, target = torch.randn(2, 3, 64, 64), blocks()
+    target[1][target[1] == 2] = 0  # the second image has two classes, the first three
+    labels = [t.unique() for t in target]
+    masks = [(t == k[:, None, None]).float() for t, k in zip(target, labels, strict=True)]
+    oracle, wanted = mask2former_oracle(model), [model.head.class_predictor.weight, *model.backbone.parameters()]
+    wanted = [p for p in wanted if p.requires_grad]
+    torch.manual_seed(7)
+    ours = model.head.loss(model.encode(images), target, 255)
+    gradients = torch.autograd.grad(ours, wanted)
+    torch.manual_seed(7)
+    theirs = oracle(pixel_values=images, mask_labels=masks, class_labels=labels).loss
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients, torch.autograd.grad(theirs, wanted), rtol=1e-3, atol=1e-4)
+
+
+def random_outputs(n, num_classes=3, size=16, dtype=torch.float32):
+    g = torch.Generator().manual_seed(5)
+    classes, masks = torch.randn(n, 10, num_classes + 1, generator=g), torch.randn(n, 10, size, size, generator=g)
+    return classes.to(dtype).requires_grad_(), masks.to(dtype).requires_grad_()
+
+
+def set_loss(outputs, target, **options):
+    torch.manual_seed(0)
+    return models.mask_set_loss([outputs], target, 255, **{"points": 500} | options)
+
+
+def test_ignored_pixels_are_out_of_mask2formers_loss():
+    target = blocks()
+    target[:, :32] = 255
+    classes, masks = random_outputs(2)
+    loss = set_loss((classes, masks), target)
+    _, gradient = torch.autograd.grad(loss, [classes, masks])
+    assert gradient[:, :, 9:].abs().sum() > 0
+    assert gradient[:, :, :7].abs().sum() == 0  # rows 0 to 7 of the masks lie over rows 0 to 31 of the target
+    other = masks.detach().clone()
+    other[:, :, :7] = 50 * torch.randn(2, 10, 7, 16)
+    torch.testing.assert_close(set_loss((classes, other), target), loss)
+
+
+def test_images_without_a_label_are_out_of_mask2formers_loss():
+    target = blocks()
+    classes, masks = random_outputs(2)
+    alone = set_loss((classes[:1], masks[:1]), target[:1])
+    target[1] = 255
+    both = set_loss((classes, masks), target)
+    torch.testing.assert_close(both, alone)
+    assert all(g[1].abs().sum() == 0 for g in torch.autograd.grad(both, [classes, masks]))
+    nothing = set_loss((classes, masks), torch.full_like(target, 255))
+    assert nothing == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(nothing, [classes, masks]))
+
+
+def test_a_set_of_masks_in_any_order_is_matched_and_a_wrong_class_costs_its_cross_entropy():
+    target = blocks(1)
+    truth = F.one_hot(target, 3).permute(0, 3, 1, 2).float()
+    masks = torch.full((1, 10, 64, 64), -20.0)
+    masks[:, [4, 1, 7]] = 40 * truth - 20  # class 0 is found by query 4, and so on
+    classes = torch.full((1, 10, 4), -20.0)
+    classes[:, :, 3] = 20  # "no object"
+    for query, k in ((4, 0), (1, 1), (7, 2)):
+        classes[0, query, 3], classes[0, query, k] = -20, 20
+    perfect = set_loss((classes, masks), target)
+    assert set_loss((classes, -masks), target) > perfect + 50
+    swapped = set_loss((classes[..., [1, 0, 2, 3]], masks), target)  # two queries, 40 nats each, of 3 + 7 "no object"
+    torch.testing.assert_close(swapped - perfect, torch.tensor(2 * 2 * 40 / (3 + 7 * 0.1)))
+    logits = models.class_logits(classes, masks)
+    assert torch.equal(logits.argmax(1), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mask2formers_loss_is_computed_in_float32(dtype):
+    target = blocks()
+    classes, masks = random_outputs(2, dtype=dtype)
+    large = (masks.detach() * 1000).requires_grad_()  # a sum over the points is beyond 65504, the largest of float16
+    exact = set_loss((classes.detach().float(), large.detach().float()), target)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = set_loss((classes, large), target)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, exact)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [classes, large]))
+
+
+def test_mask2former_trains_under_autocast_also_after_inference():
+    model, images = build_whole("mask2former-tiny"), torch.randn(2, 3, 50, 70)
+    with torch.inference_mode():
+        model(images)  # transformers keeps the position embedding of the last size
+    with torch.autocast("cpu", torch.bfloat16):
+        features = model.encode(images)
+        loss = model.head.loss(features, blocks(2, 80)[:, :50, :70], 255)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_padding_is_no_part_of_mask2formers_loss():
+    model = build_whole("mask2former-tiny")
+    features, target = model.encode(torch.randn(1, 3, 50, 70)), blocks(1, 80)[:, :50, :70]
+    padded = F.pad(target, (0, 96 - 70, 0, 64 - 50), value=255)
+    torch.manual_seed(0)
+    loss = model.head.loss(features, target, 255)
+    torch.manual_seed(0)
+    torch.testing.assert_close(loss, models.mask_set_loss(model.head.queries(features), padded, 255))
+
+
+def test_the_number_of_masks_is_a_mean_over_processes(tmp_path):
+    target, outputs = blocks(), random_outputs(2)
+    alone = set_loss(outputs, target)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
+    )
+    try:
+        torch.testing.assert_close(set_loss(outputs, target), alone)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def save_mask2former(folder, num_classes, **numbers):
+    row = models.NETWORKS["mask2former-tiny"]
+    decoder = row.numbers["decoder"] | numbers
+    models.NETWORKS["mask2former-tiny"] = dataclasses.replace(row, numbers=row.numbers | {"decoder": decoder})
+    torch.manual_seed(5)
+    net = mask2former_oracle(build_model(num_classes=num_classes, model="mask2former-tiny"))
+    models.NETWORKS["mask2former-tiny"] = row
+    net.save_pretrained(folder)
+    return net
+
+
+def test_mask2former_loads_a_local_folder_and_only_another_k_starts_anew(tmp_path):
+    saved = save_mask2former(tmp_path, 3)
+    same, other = (build_whole("mask2former-tiny", k, pretrained=str(tmp_path)) for k in (3, 5))
+    for model in (same, other):
+        assert model.pretrained
+        assert model.freeze_backbone
+        for part, whole in (
+            (model.backbone.body, saved.model.pixel_level_module.encoder),
+            (model.head.pixel_decoder, saved.model.pixel_level_module.decoder),
+            (model.head.transformer, saved.model.transformer_module),
+        ):
+            for key, value in whole.state_dict().items():
+                assert torch.equal(part.state_dict()[key], value), key
+    assert torch.equal(same.head.class_predictor.weight, saved.class_predictor.weight)
+    assert other.head.class_predictor.weight.shape == (6, 32)
+    assert not any(p.requires_grad for p in other.backbone.parameters())
+    assert other(torch.randn(1, 3, 40, 40)).shape == (1, 5, 40, 40)
+
+
+def test_another_mask2former_is_refused_and_auto_without_a_network_starts_from_scratch(tmp_path, offline):
+    save_mask2former(tmp_path, 3, num_queries=7)
+    with pytest.raises(ModelError, match=r"num_queries': 7"):
+        build_whole("mask2former-tiny", pretrained=str(tmp_path))
+    model = build_whole("mask2former-tiny", pretrained="auto")
+    assert not model.pretrained
+    assert "cannot be reached" in model.pretrained_error

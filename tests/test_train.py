@@ -459,3 +459,82 @@ def test_bad_flags_are_one_line_that_says_so(tmp_path, flags, words):
     with pytest.raises((models.ModelError, datasets.DataError), match=words) as error:
         run(tmp_path, "--dry-run", *flags)
     assert "\n" not in str(error.value)
+
+
+# ---- networks with a loss of their own ----
+
+WHOLE = ["--size", "32", "64", "--crop", "32", "32", "--batch-size", "4", "--workers", "0", "--warmup", "2"]
+
+
+def run_mask2former(out, *flags):
+    return train.main([*WHOLE, "--amp", "off", "--model", "mask2former-tiny", "--out", str(out), *flags])
+
+
+def test_a_network_trains_with_its_own_loss(tmp_path):
+    done = run_mask2former(tmp_path, "--dry-run", "--epochs", "2")
+    assert done["model"] == "mask2former-tiny"
+    assert done["steps"] == 2
+    last = read(tmp_path / "last.pt")
+    assert last["args"]["loss"] is None
+    assert all(row["loss"] > 0 and "miou" in row for row in last["training"]["history"])
+    model, _ = models.load_checkpoint(tmp_path / "last.pt")
+    assert model(torch.randn(1, 3, 40, 50)).shape == (1, 19, 40, 50)
+
+
+def test_the_objective_of_a_network_with_its_own_loss_is_that_loss():
+    torch.manual_seed(0)
+    model = models.build_model(num_classes=3, model="mask2former-tiny")
+    images, target = batch()
+    target[:, :14] = 9  # ignored here
+    values = []
+    for value in (  # with the same points, which follow from the seed
+        lambda: Objective(model, None, ignore_index=9)(images, target),
+        lambda: model.head.loss(model.encode(images), target, 9),
+    ):
+        torch.manual_seed(1)
+        values.append(value())
+    assert torch.equal(*values)
+
+
+def test_only_mask2formers_last_layer_learns_with_a_frozen_backbone():
+    torch.manual_seed(0)
+    model = models.build_model(num_classes=3, model="mask2former-tiny", freeze_backbone=True)
+    objective = Objective(model, None).train()
+    optimizer = make_optimizer(objective, "adamw", lr=1e-3, backbone_lr=1e-3, weight_decay=0.05)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    first, last = (train.train_step(objective, optimizer, *batch(2)) for _ in range(2))
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"head.class_predictor.weight", "head.class_predictor.bias"}
+    assert last < first
+
+
+def test_embeddings_and_position_tables_are_not_decayed():
+    objective = Objective(models.build_model(num_classes=3, model="mask2former-tiny"), None)
+    optimizer = make_optimizer(objective, "adamw", lr=1, backbone_lr=1, weight_decay=0.05)
+    names = {id(p): n for n, p in objective.named_parameters()}
+    spared = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    matrices = {n for n, p in objective.named_parameters() if p.ndim > 1}
+    ends = ("queries_embedder.weight", "queries_features.weight", "level_embed.weight", "level_embed", "bias_table")
+    assert spared & matrices == {n for n in matrices if n.endswith(ends)}
+
+
+@pytest.mark.parametrize("flags", [["--loss", "ce"], ["--class-weights", "enet"], ["--label-smoothing", "0.1"]])
+def test_another_loss_is_refused_where_the_network_has_its_own(tmp_path, flags):
+    with pytest.raises(TrainingError, match="mask2former-tiny has a loss of its own"):
+        run_mask2former(tmp_path, "--dry-run", *flags)
+
+
+def test_a_loss_left_out_is_the_default_one_and_width_reaches_the_network(tmp_path):
+    flags = [*WHOLE, "--model", "unet", "--width", "4", "--dry-run"]
+    left_out = train.main([*flags, "--out", str(tmp_path / "a")])
+    named = train.main([*flags, "--out", str(tmp_path / "b"), "--loss", train.DEFAULT_LOSS])
+    a, b = (read(tmp_path / name / "last.pt") for name in "ab")
+    assert a["build"]["width"] == 4
+    assert same(a["state_dict"], b["state_dict"])
+    assert left_out["miou"] == named["miou"]
+    with pytest.raises(models.ModelError, match="--width cannot change"):
+        train.main(["--resume", "--out", str(tmp_path / "a"), "--width", "8"])
+
+
+def test_time_steps_of_a_network_with_its_own_loss(tmp_path):
+    assert run_mask2former(tmp_path, "--time-steps", "1")["step_ratio"] > 0
