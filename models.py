@@ -115,7 +115,7 @@ class ConvBackbone(nn.Module):
         return features[-len(self.channels) :]
 
 
-class Swin(ConvBackbone):
+class TorchvisionSwin(ConvBackbone):
     """Swin Transformer (Liu et al. 2021): stages that give (N, H, W, C), LayerNorm-ed as in its segmentation code.
 
     The deepest map has the norm before the classifier. The norms of the others have no scale and shift: the head's next
@@ -216,6 +216,7 @@ def _start_transformer(body, width, heads):
 
 def _transformers_body(cls, row, load, scratch, **options):
     """A model of the transformers library, with the weights of the row's hub name where `load` finds them."""
+    options["dtype"] = torch.float32  # whatever the file has
     return load(
         scratch=scratch,
         local=lambda path: _load_transformers(cls, path, row.numbers, **options),
@@ -308,7 +309,7 @@ def _build_swin(row, taps, _output_stride, load):
     stages = [net.features[a:b] for a, b in ((0, 2), (2, 4), (4, 6), (6, 8))]  # each begins with the halving
     channels = [row.numbers["embed_dim"] * 2**i for i in range(4)][-taps:]
     norms = [*(nn.LayerNorm(c, elementwise_affine=False) for c in channels[:-1]), net.norm]
-    return Swin(stages, channels, [4, 8, 16, 32][-taps:], norms), loaded
+    return TorchvisionSwin(stages, channels, [4, 8, 16, 32][-taps:], norms), loaded
 
 
 @dataclass(frozen=True)
