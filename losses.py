@@ -124,7 +124,7 @@ def focal_loss(logits, target, *, gamma, ignore_index=255, **options):
         raise ValueError(f"the focal loss needs gamma >= 0, got {gamma}")
     loss, weights = _pixel_cross_entropy(logits, target, ignore_index, **options)
     nll = _pixel_cross_entropy(logits, target, ignore_index)[0] if options else loss
-    # expm1 keeps the digits of a small 1 - p; the clamp those of the slope at p = 1, infinite for gamma < 1.
+    # expm1 keeps the digits of a small 1 - p. The clamp stops the gradient at p = 1: gamma < 1 makes it infinite there.
     miss = (-torch.expm1(-nll)).clamp(min=torch.finfo(nll.dtype).tiny)
     return _global_mean((miss**gamma * loss).sum(), weights.sum())
 

@@ -394,9 +394,9 @@ def test_mean_field_equals_matrices_over_all_pairs(size, kernels):
 
 def test_mean_field_cleans_noise_up_to_the_colour_edge():
     g = torch.Generator().manual_seed(0)
-    truth = torch.zeros(100, 141, dtype=torch.int64)
-    truth[:, 70:] = 1
-    photo = torch.tensor([60, 180])[truth].expand(3, -1, -1) + torch.randint(-8, 9, (3, 100, 141), generator=g)
+    truth = torch.zeros(200, 281, dtype=torch.int64)
+    truth[:, 140:] = 1
+    photo = torch.tensor([60, 180])[truth].expand(3, -1, -1) + torch.randint(-8, 9, (3, 200, 281), generator=g)
     wrong = torch.rand(truth.shape, generator=g) < 0.2
     right = torch.where(wrong, 0.3, 0.7)
     p = torch.stack([torch.where(truth == c, right, 1 - right) for c in (0, 1)])
