@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -882,9 +881,9 @@ class Mask2FormerBackbone(nn.Module):
 class Mask2FormerHead(nn.Module):
     """Pixel decoder and transformer decoder of Mask2Former (Cheng et al. 2022), from transformers.
 
-    Q queries predict a class (or "no object") and a mask each; forward() turns them into logits a pixel, and loss() is
-    what trains them: logits a pixel cannot. Frozen with the backbone are both decoders: the class predictor, the last
-    layer, is what fine-tuning then trains.
+    Q queries predict a class (or "no object") and a mask each; forward() turns them into logits a pixel, but it is
+    queries() that a set loss trains. Frozen with the backbone are both decoders: fine-tuning then trains the class
+    predictor, the last layer.
     """
 
     stride = 4
@@ -914,12 +913,6 @@ class Mask2FormerHead(nn.Module):
     def forward(self, features):
         return class_logits(*self.queries(features)[0])
 
-    def loss(self, features, target, ignore_index):
-        """Set loss of feature maps against target (N, H, W), which lies in the upper left of what they cover."""
-        (h, w), (height, width) = features[0].shape[-2:], target.shape[-2:]
-        padding = (0, self.stride * w - width, 0, self.stride * h - height)
-        return mask_set_loss(self.queries(features), F.pad(target, padding, value=ignore_index), ignore_index)
-
 
 def class_logits(classes, masks):
     """Queries' classes (N, Q, K + 1) and masks (N, Q, h, w) -> logits (N, K, h, w), in float32.
@@ -930,108 +923,6 @@ def class_logits(classes, masks):
     with torch.autocast(masks.device.type, enabled=False):
         classes, masks = classes.float().softmax(-1)[..., :-1], masks.float().sigmoid()
         return torch.einsum("nqk,nqhw->nkhw", classes, masks).clamp(min=1e-10).log()
-
-
-def mask_set_loss(outputs, target, ignore_index, *, points=12544, weights=(2.0, 5.0, 5.0), no_object=0.1):
-    """Loss of sets of masks against target (N, H, W) (Cheng et al. 2022, section 3.3), summed over decoder layers.
-
-    outputs: [(classes (N, Q, K + 1), masks (N, Q, h, w))], the masks over the same area as the target. Every class in
-    an image is a mask to find. The Hungarian algorithm gives each the query that costs least, which learns its class
-    (cross-entropy) and its mask (binary cross-entropy and Dice, at random points); the others learn "no object", at the
-    weight `no_object`. weights: of the three losses, and of the matching's three costs.
-
-    In float32, whatever autocast says. Ignored pixels are out: a point interpolated from one counts nowhere, an image
-    of nothing else is no part of the batch, and where no image is left the loss is 0.
-    """
-    with torch.autocast(target.device.type, enabled=False):
-        ignored = target == ignore_index
-        used = ~ignored.flatten(1).all(1)  # images with a label
-        target, ignored = target[used], ignored[used].float()
-        labels = [t[t != ignore_index].unique() for t in target]
-        count = _mean_over_processes(sum(len(k) for k in labels), target.device)
-        if not labels:
-            return 0 * sum(classes.float().sum() + masks.float().sum() for classes, masks in outputs)
-        truth = [(t == k[:, None, None]).float() for t, k in zip(target, labels, strict=True)]  # (M, H, W) each
-        total = 0.0
-        for classes, masks in outputs:
-            losses = _layer_losses(
-                classes.float()[used], masks.float()[used], labels, truth, ignored, count, points, weights, no_object
-            )
-            total = total + sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
-    return total
-
-
-def _layer_losses(classes, masks, labels, truth, ignored, count, points, weights, no_object):
-    """(class, mask, Dice) loss of one decoder layer; the latter two summed over the masks and divided by `count`."""
-    pairs = [
-        _match(c, m, k, t, i, points, weights)
-        for c, m, k, t, i in zip(classes, masks, labels, truth, ignored, strict=True)
-    ]
-    image = torch.cat([torch.full_like(q, n) for n, (q, _) in enumerate(pairs)])
-    query = torch.cat([q for q, _ in pairs])
-    wanted = torch.full(classes.shape[:2], classes.shape[2] - 1, device=classes.device)  # "no object" is the last
-    wanted[image, query] = torch.cat([k[found] for k, (_, found) in zip(labels, pairs, strict=True)])
-    class_weights = torch.ones(classes.shape[2], device=classes.device)
-    class_weights[-1] = no_object
-    class_loss = F.cross_entropy(classes.mT, wanted, class_weights)
-
-    masks, ignored = masks[image, query], ignored[image]  # (M, h, w), (M, H, W) of all images
-    truth = torch.cat([t[found] for t, (_, found) in zip(truth, pairs, strict=True)])
-    with torch.no_grad():
-        places = _uncertain_places(masks, ignored, points)
-        truth, valid = _sample(truth, places), _sample(ignored, places) == 0
-    masks, truth = _sample(masks, places), truth * valid
-    bce = F.binary_cross_entropy_with_logits(masks, truth, reduction="none") * valid
-    p = masks.sigmoid() * valid
-    dice = 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1)
-    return class_loss, (bce.sum(1) / valid.sum(1).clamp(min=1)).sum() / count, dice.sum() / count
-
-
-@torch.no_grad()
-def _match(classes, masks, labels, truth, ignored, points, weights):
-    """Queries and the true masks they are given, both (M,): the pairs of least cost in one image (Kuhn 1955).
-
-    classes (Q, K + 1), masks (Q, h, w), labels (M,), truth (M, H, W), ignored (H, W); all are compared at the same
-    random places.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    places = torch.rand(1, points, 2, device=masks.device)
-    masks, truth = _sample(masks, places), _sample(truth, places)  # (Q, P), (M, P)
-    valid = _sample(ignored[None], places) == 0  # (1, P)
-    truth, p = truth * valid, masks.sigmoid() * valid
-    bce = (F.softplus(-masks) * valid) @ truth.mT + (F.softplus(masks) * valid) @ (1 - truth).mT  # (Q, M)
-    dice = 1 - (2 * p @ truth.mT + 1) / (p.sum(1)[:, None] + truth.sum(1) + 1)
-    costs = (-classes.softmax(-1)[:, labels], bce / valid.sum().clamp(min=1), dice)
-    cost = sum(weight * c for weight, c in zip(weights, costs, strict=True))
-    query, found = linear_sum_assignment(cost.nan_to_num(posinf=1e9, neginf=-1e9, nan=1e9).cpu())  # loop reports NaN
-    return torch.as_tensor(query, device=masks.device), torch.as_tensor(found, device=masks.device)
-
-
-def _uncertain_places(masks, ignored, points, oversample=3, share=0.75):
-    """Random places (M, P, 2), a `share` the least certain of oversample * P (Kirillov et al. 2020, section 3.1)."""
-    places = torch.rand(len(masks), oversample * points, 2, device=masks.device)
-    doubt = -_sample(masks, places).abs()
-    doubt = doubt.masked_fill(_sample(ignored, places) > 0, -math.inf)
-    first = doubt.topk(int(share * points)).indices
-    chosen = places.gather(1, first[..., None].expand(-1, -1, 2))
-    more = torch.rand(len(masks), points - first.shape[1], 2, device=masks.device)
-    return torch.cat([chosen, more], dim=1)
-
-
-def _sample(maps, places):
-    """Bilinear samples (M, P) of maps (M, H, W) at places (M or 1, P, 2): x and y from 0 to 1, over the whole map."""
-    grid = 2 * places[:, None].expand(len(maps), -1, -1, -1) - 1
-    return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0, 0]
-
-
-def _mean_over_processes(count, device):
-    """The mean of `count` over the processes that train together, 1 at least (their gradients are averaged too)."""
-    count = torch.tensor(float(count), device=device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count /= dist.get_world_size()
-    return count.clamp(min=1)
 
 
 MASK2FORMER_SHAPE = (

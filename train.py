@@ -54,7 +54,7 @@ class Objective(nn.Module):
     """Network and loss in one module, which DistributedDataParallel can wrap whole.
 
     (images (N, 3, H, W), target (N, H, W)) -> scalar loss: that of the logits, resized in float32 to the target's
-    size, plus aux_weight times that of each auxiliary output. `loss` None: that of the network itself, of its features.
+    size, plus aux_weight times that of each auxiliary output. `loss` None: the set loss of a network that has queries.
     """
 
     def __init__(self, model, loss, aux_weight=0.4, ignore_index=255):
@@ -64,7 +64,8 @@ class Objective(nn.Module):
     def forward(self, images, target):
         features = self.model.encode(images)
         if self.loss is None:
-            return self.model.head.loss(features, target, self.ignore_index)
+            head = self.model.head
+            return losses.mask_set_loss(head.queries(features), target, self.ignore_index, stride=head.stride)
         outputs = self.model.predictions(features)
         # contiguous: in channels_last, what the network computes in, the softmax over K classes is slower on a CPU
         logits = [self.model.resize(x.float().contiguous(), target.shape[-2:]) for x in outputs]
@@ -656,7 +657,7 @@ def make_loss(args, model, train_set, out):
     counts = datasets.class_distribution(train_set)
     if rank_and_world()[0] == 0:
         evaluate.plot_class_distribution(counts, info.classes, info.palette, out / "class_distribution.png")
-    if hasattr(model.head, "loss"):
+    if hasattr(model.head, "queries"):
         if args.loss or args.class_weights != "none" or args.label_smoothing or args.boundary_weight:
             name = models.model_name(model.build)
             flags = "--loss, --class-weights, --label-smoothing, --boundary-weight"

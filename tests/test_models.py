@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 import models
+from losses import mask_set_loss
 from models import BACKBONES, HEADS, NETWORKS, ModelError, build_model, count_params, load_checkpoint, save_checkpoint
 
 # One backbone of each builder, small enough to train here, with every head. test_every_row() goes through the tables.
@@ -133,7 +134,7 @@ def test_every_row(net, tmp_path):
     with torch.no_grad():
         features = model.encode(torch.empty(2, 3, 45, 61, device="meta"))
         assert [f.shape[1] for f in features] == model.channels
-        if not hasattr(model.head, "loss"):  # Mask2Former's decoder needs the values, which the meta device has not
+        if not hasattr(model.head, "queries"):  # Mask2Former's decoder needs the values, which the meta device has not
             assert model.resize(model.decode(features), (45, 61)).shape == (2, 5, 45, 61)
     if count_params(model)[0] <= SMALL:
         for check in CONTRACT:
@@ -766,8 +767,8 @@ def test_training_a_whole_network_lowers_its_loss(name, num_classes):
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-2), []
     for _ in range(3):
         torch.manual_seed(0)  # dropout, and the points of Mask2Former's loss
-        if hasattr(model.head, "loss"):
-            loss = model.head.loss(model.encode(images), target, 255)
+        if hasattr(model.head, "queries"):
+            loss = mask_set_loss(model.head.queries(model.encode(images)), target, 255, stride=4)
         else:
             loss = F.cross_entropy(model(images), target)
         optimizer.zero_grad()
@@ -951,7 +952,7 @@ def test_mask2formers_loss_equals_transformers():
     oracle, wanted = mask2former_oracle(model), [model.head.class_predictor.weight, *model.backbone.parameters()]
     wanted = [p for p in wanted if p.requires_grad]
     torch.manual_seed(7)
-    ours = model.head.loss(model.encode(images), target, 255)
+    ours = mask_set_loss(model.head.queries(model.encode(images)), target, 255, stride=4)
     gradients = torch.autograd.grad(ours, wanted)
     torch.manual_seed(7)
     theirs = oracle(pixel_values=images, mask_labels=masks, class_labels=labels).loss
@@ -967,7 +968,7 @@ def random_outputs(n, num_classes=3, size=16, dtype=torch.float32):
 
 def set_loss(outputs, target, **options):
     torch.manual_seed(0)
-    return models.mask_set_loss([outputs], target, 255, **{"points": 500} | options)
+    return mask_set_loss([outputs], target, 255, **{"points": 500} | options)
 
 
 def test_ignored_pixels_are_out_of_mask2formers_loss():
@@ -1032,7 +1033,7 @@ def test_mask2former_trains_under_autocast_also_after_inference():
         model(images)  # transformers keeps the position embedding of the last size
     with torch.autocast("cpu", torch.bfloat16):
         features = model.encode(images)
-        loss = model.head.loss(features, blocks(2, 80)[:, :50, :70], 255)
+        loss = mask_set_loss(model.head.queries(features), blocks(2, 80)[:, :50, :70], 255, stride=4)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
@@ -1042,9 +1043,9 @@ def test_padding_is_no_part_of_mask2formers_loss():
     features, target = model.encode(torch.randn(1, 3, 50, 70)), blocks(1, 80)[:, :50, :70]
     padded = F.pad(target, (0, 96 - 70, 0, 64 - 50), value=255)
     torch.manual_seed(0)
-    loss = model.head.loss(features, target, 255)
+    loss = mask_set_loss(model.head.queries(features), target, 255, stride=4)
     torch.manual_seed(0)
-    torch.testing.assert_close(loss, models.mask_set_loss(model.head.queries(features), padded, 255))
+    torch.testing.assert_close(loss, mask_set_loss(model.head.queries(features), padded, 255))
 
 
 def test_the_number_of_masks_is_a_mean_over_processes(tmp_path):
