@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import models
+import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -95,6 +99,17 @@ def test_readme_has_the_commands_and_figures_it_speaks_of():
         assert f"`{script.name}`" in README
 
 
+def test_the_flags_in_readmes_comparison_build_networks():
+    rows = re.findall(r"^\| `(--[^`]*)` \| (\d+) \|", README, re.MULTILINE)
+    assert len(rows) >= 8
+    for flags, _ in rows:
+        args = train.get_parser().parse_args(shlex.split(flags))
+        with torch.device("meta"):
+            models.build_model(
+                num_classes=11, model=args.model, backbone=args.backbone, head=args.head, width=args.width
+            )
+
+
 def test_the_ci_script_finds_readmes_test_command():
     pattern = re.search(r"grep -m1 -E '(.*)'", (ROOT / ".ci" / "run").read_text())[1]
     assert re.search(pattern, README, re.MULTILINE)[0].strip().endswith(".venv/bin/python -m pytest")
@@ -126,6 +141,11 @@ def test_readme_command(command, workplace):
         if "evaluate.py" in command and not camvid.exists():
             flags = f"--dataset camvid --data-root {CAMVID} --backbone resnet18 --head unet"
             call(workplace, f"python train.py {flags} --dry-run --out checkpoints/camvid")
+    for path in re.findall(r"--weights (checkpoints/\S+)", command):  # what an earlier command would have left
+        weights = workplace / path if path.endswith(".pt") else workplace / path / "a" / "best.pt"
+        if not weights.exists():
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(workplace / "checkpoints" / "train" / "best.pt", weights)
     dry = "" if "--time-steps" in command else "--dry-run"
     done = call(workplace, f"{re.sub('--time-steps [0-9]+', '--time-steps 3', command)} {dry}")
     assert done.returncode == 0, done.stderr[-2000:]
