@@ -497,12 +497,10 @@ def write_history(path, history):
 
 def plot_curves(history, path):
     """Loss, learning rate and, where evaluated, mIoU and aAcc over the epochs."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, which keeps every figure until it is closed
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
     panels = (
         ("training", ("loss",), "loss"),
         ("schedule", ("lr",), "learning rate"),
