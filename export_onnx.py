@@ -46,6 +46,10 @@ OUTPUTS = ("logits", "mask")
 AGREEMENT = 0.999  # share of pixels whose class must be the same
 TOLERANCE = 0.01  # largest difference of logits, as a share of the largest logit
 UNEXPORTABLE = {}  # row of BACKBONES, HEADS or NETWORKS: why it has no ONNX file
+FIXED_SIZE = dict.fromkeys(  # row: why its file takes images of one size only
+    ("mask2former-swin-tiny", "mask2former-swin-small", "mask2former-swin-base"),
+    "with unknown sizes, torch.export does not get through its shifted windows in ten minutes",
+)
 
 
 class CheckError(Exception):
@@ -96,6 +100,8 @@ def export(
     for part in (model.build.get(key) for key in ("model", "backbone", "head")):
         if part in UNEXPORTABLE:
             raise ModelError(f"{name} has no ONNX form: {UNEXPORTABLE[part]}")
+        if part in FIXED_SIZE and not size:
+            raise ModelError(f"{name} needs --size H W: {FIXED_SIZE[part]}")
     mean, std = metadata.get("mean", DataInfo.mean), metadata.get("std", DataInfo.std)
     graph = Graph(model, raw_input=raw_input, output=output, mean=mean, std=std).eval()
     # The exporter takes what is equal in the example for equal always, and 1 for always 1. So: two images, and a height
@@ -108,12 +114,14 @@ def export(
     with torch.no_grad():
         graph(example)  # what a network settles in its first forward(), as DINOv2 its attention, is settled before
     try:
-        with quiet():
+        with quiet(), eager_attention(model):
             program = torch.onnx.export(
                 graph, (example,), dynamo=True, dynamic_shapes=(free,), opset_version=opset,
                 input_names=["images"], output_names=[output], verbose=False,
             )  # fmt: skip
     except Exception as error:  # whatever the network or the conversion to another opset leads to
+        while error.__cause__:  # the exporter's own error is advice to whoever works on it
+            error = error.__cause__
         raise ModelError(f"{name} cannot be exported with --opset {opset}: {first_words(error)}") from error
     written = program.model.opset_imports.get("")
     if written != opset:  # the exporter keeps its own opset, with a warning, where it cannot convert
@@ -122,6 +130,19 @@ def export(
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     program.model.metadata_props.update(texts)
     program.save(path, external_data=external_data)
+
+
+@contextlib.contextmanager
+def eager_attention(model):
+    """Attention of transformers as plain matrix products: fewer operators than the fused one is taken apart into."""
+    bodies = [(m, m.config._attn_implementation) for m in model.modules() if hasattr(m, "set_attn_implementation")]
+    try:
+        for body, _ in bodies:
+            body.set_attn_implementation("eager")
+        yield
+    finally:
+        for body, before in bodies:
+            body.set_attn_implementation(before)
 
 
 @contextlib.contextmanager

@@ -1034,10 +1034,14 @@ class SegmentationModel(nn.Module):
             part.eval()
         return self
 
+    def padded(self, size):
+        """(H, W), each up to the next multiple of the stride; in a form that torch.export can divide by the stride."""
+        return tuple((n + self.stride - 1) // self.stride * self.stride for n in size)
+
     def encode(self, images):
         """(N, 3, H, W) -> feature maps, finest first, of the input padded right and bottom to its stride."""
-        h, w = images.shape[-2:]
-        return self.backbone(F.pad(images, (0, -w % self.stride, 0, -h % self.stride)))
+        (h, w), (height, width) = images.shape[-2:], self.padded(images.shape[-2:])
+        return self.backbone(F.pad(images, (0, width - w, 0, height - h)))
 
     def decode(self, features):
         """Feature maps -> logits (N, K, h, w) over the padded input."""
@@ -1055,7 +1059,7 @@ class SegmentationModel(nn.Module):
     def resize(self, logits, size):
         """Low-resolution logits -> (N, K, H, W): bilinear to the padded size, cropped to `size`."""
         h, w = size
-        return resize_to(logits, (h + -h % self.stride, w + -w % self.stride))[..., :h, :w]
+        return resize_to(logits, self.padded(size))[..., :h, :w]
 
     def forward(self, images):
         return self.resize(self.decode(self.encode(images)), images.shape[-2:])
