@@ -1097,3 +1097,9 @@ def test_another_mask2former_is_refused_and_auto_without_a_network_starts_from_s
     model = build_whole("mask2former-tiny", pretrained="auto")
     assert not model.pretrained
     assert "cannot be reached" in model.pretrained_error
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "mobilenet_v3_large"])
+def test_batchnorm_statistics_of_mobilenets_settle_within_fifty_steps(backbone):
+    norms = [m for m in build(backbone, "linear").modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all((1 - m.momentum) ** 50 < 0.01 for m in norms)
