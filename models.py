@@ -292,7 +292,7 @@ def _build_resnet(row, taps, output_stride, load):
 def _build_mobilenet(row, taps, output_stride, load):
     net, loaded = _torchvision_body(row, load)
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.momentum = 0.1  # torchvision's MobileNetV3 has 0.01: after 100 steps its statistics would be a third random
+        norm.momentum = 0.1  # torchvision's V3 has 0.01: after 100 steps a third of the statistics is still initial
     stages = [net.features[a:b] for a, b in itertools.pairwise(row.numbers["cuts"])]
     strides = _dilated_strides(stages, [4, 8, 16, 32], output_stride)
     return ConvBackbone(stages, list(row.numbers["channels"])[-taps:], strides[-taps:]), loaded
