@@ -46,8 +46,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import evaluate
@@ -122,18 +120,6 @@ def make_images(shape, device="cpu", dtype=torch.float32):
     return images.to(device, dtype, memory_format=torch.channels_last)
 
 
-def count_macs(model, images):
-    """Multiply-accumulates of one of the images. Attention is counted as the matrix products that it consists of."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: int_mm_flop})
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(images[:1])
-    return counter.get_total_flops() // 2
-
-
-def int_mm_flop(a_shape, b_shape, *_args, **_kwargs):
-    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
-
-
 # ---- backends -------------------------------------------------------------------------------------------------------
 # make(model, images, dtype, threads, path) -> a callable without arguments that returns the logits once they are there.
 # model: from prepare(). images: float32. path: the network as ONNX, for these images.
@@ -155,7 +141,8 @@ def torch_runner(model, images, dtype, threads=None, path=None):
 def compile_runner(model, images, dtype, threads=None, path=None):
     # Networks share the code of forward(), and the ninth version of one piece of code would silently stay uncompiled.
     torch._dynamo.config.recompile_limit = 256
-    return torch_runner(torch.compile(model, dynamic=False), images, dtype)
+    # freezing: weights become constants, which a CPU then keeps in the layout that its convolutions want.
+    return torch_runner(torch.compile(model, dynamic=False, options={"freezing": True}), images, dtype)
 
 
 def file_runner(open_file):
@@ -531,7 +518,7 @@ def open_subject(weights, build, *, size, batch, dry_run):
         "batch": batch,
         "params": count_params(model)[0],
         "nonzero_params": sum(int(p.count_nonzero()) for p in model.parameters()),
-        "macs": count_macs(model, make_images(shape)),
+        "macs": evaluate.count_macs(model, make_images(shape)),
         "file_mb": evaluate.weights_mb(weights, state),
     }
     return Subject(weights, dict(model.build), model, dataset, shape, about, reasons)

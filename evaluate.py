@@ -25,6 +25,7 @@ import math
 import os
 import resource
 import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from tqdm import tqdm
 
@@ -405,6 +408,33 @@ def evaluate(
     metrics = matrix.metrics() | {"confusion": matrix.counts.tolist(), "images": images_seen}
     metrics["images_per_second"] = images_seen / (time.perf_counter() - start)
     return metrics | (edges.metrics() if edges else {})
+
+
+# ---- cost ------------------------------------------------------------------------------------------------------------
+
+
+def count_macs(model, images):
+    """Multiply-accumulates of one of the images. Attention is counted as the matrix products that it consists of."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: int_mm_flop})
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(images[:1])
+    return counter.get_total_flops() // 2
+
+
+def int_mm_flop(a_shape, b_shape, *_args, **_kwargs):
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+
+
+def milliseconds(functions, repeats):
+    """Median time of a call of each of `functions`, which take turns, after one of each that does not count."""
+    times = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for function, taken in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if turn:
+                taken.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(taken) for taken in times]
 
 
 # ---- dense CRF ------------------------------------------------------------------------------------------------------

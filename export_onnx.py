@@ -22,7 +22,6 @@ import json
 import logging
 import os
 import shlex
-import statistics
 import sys
 import time
 import uuid
@@ -244,8 +243,8 @@ def check(path, model, images, *, info, repeats=5):
             raise CheckError(f"onnxruntime cannot run {row['images']}: {first_words(error)}") from error
         rows.append(row | compare(found, expected, row["images"]))
         if not latency:
-            latency["torch"] = milliseconds(lambda x=normal: model(x), repeats)
-            latency["onnxruntime"] = milliseconds(lambda x=fed: onnx_network.run(x), repeats)
+            runs = (lambda x=normal: model(x), lambda x=fed: onnx_network.run(x))
+            latency = dict(zip(("torch", "onnxruntime"), evaluate.milliseconds(runs, repeats), strict=True))
     return {
         "sizes": rows,
         "largest_difference": None if onnx_network.output == "mask" else max(r["largest_difference"] for r in rows),
@@ -268,17 +267,6 @@ def compare(found, expected, what):
     if not agreement >= AGREEMENT:
         raise CheckError(f"{what}: {agreement:.3%} of the pixels have the same class, {AGREEMENT:.1%} must")
     return {"largest_difference": difference, "agreement": agreement}
-
-
-def milliseconds(function, repeats):
-    """Median time of a call, after one that does not count."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
 
 
 def first_words(error):

@@ -15,6 +15,7 @@ there and build_model(), the command lines, and the tests know it.
 import contextlib
 import datetime
 import functools
+import importlib
 import inspect
 import itertools
 import math
@@ -33,6 +34,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 FORMAT = 1  # version of the checkpoint layout
+COMPRESSION = ("quantize",)  # scripts whose structure load_checkpoint() rebuilds
 
 
 class ModelError(ValueError):
@@ -1227,9 +1229,10 @@ def _reach_hub(seconds=3):
 
 
 def count_params(module):
-    """(all, trainable) parameters of a module, shared ones once."""
+    """(all, trainable) parameters of a module, shared ones once, quantized ones as what they stand for."""
     params = list(module.parameters())
-    return sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
+    quantized = sum(getattr(m, "quantized_params", 0) for m in module.modules())
+    return sum(p.numel() for p in params) + quantized, sum(p.numel() for p in params if p.requires_grad)
 
 
 def parameter_summary(model):
@@ -1366,12 +1369,24 @@ def load_checkpoint(path, *, device="cpu"):
     checkpoint = read_checkpoint(path, device=device)
     with torch.device("meta"):  # no memory and no time for weights that are replaced at once
         model = build_model(**checkpoint["build"])
+        steps = [(_compression(step, path), step) for step in checkpoint["compression"]]
+        for script, step in steps:
+            script.rebuild(model, step, checkpoint["state_dict"])
     try:
         model.load_state_dict(checkpoint["state_dict"], assign=True)
     except RuntimeError as error:
         line = " ".join(str(error).split())[:300]
         raise ModelError(f"{path} does not fit the network it describes, {model_name(model.build)}: {line}") from error
+    for script, step in steps:
+        script.restore(model, step)
     return model.to(device).eval(), checkpoint
+
+
+def _compression(step, path):
+    """The script that can rebuild what it did to a network: the one import from here of what imports this file."""
+    if step["step"] not in COMPRESSION:
+        raise ModelError(f"{path} went through {step['step']!r}, which these scripts do not know: update them")
+    return importlib.import_module(step["step"])
 
 
 if __name__ == "__main__":

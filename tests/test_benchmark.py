@@ -69,7 +69,7 @@ def save(path, *, head="linear", data=None, **extra):
     ids=["conv", "stride", "groups", "dilation", "transposed", "linear", "nothing"],
 )
 def test_macs_of_layers_by_hand(layer, macs):
-    assert benchmark.count_macs(layer.eval(), torch.randn(3, 3, 12, 10)) == macs  # of one image
+    assert evaluate.count_macs(layer.eval(), torch.randn(3, 3, 12, 10)) == macs  # of one image
 
 
 def test_macs_of_attention_by_hand():
@@ -77,8 +77,8 @@ def test_macs_of_attention_by_hand():
     tokens, width = 6 + 1, 32  # 2 x 3 patches of 14 x 14 and the class token
     layer = 4 * width * width * tokens + 2 * tokens * tokens * width + 2 * 4 * width * width * tokens
     embedding, classifier = 3 * 14 * 14 * width * 6, 4 * width * 5 * 6
-    assert benchmark.count_macs(network, torch.randn(1, 3, 28, 42)) == embedding + 4 * layer + classifier
-    assert benchmark.count_macs(network, torch.randn(1, 3, 27, 30)) == embedding + 4 * layer + classifier  # padded
+    assert evaluate.count_macs(network, torch.randn(1, 3, 28, 42)) == embedding + 4 * layer + classifier
+    assert evaluate.count_macs(network, torch.randn(1, 3, 27, 30)) == embedding + 4 * layer + classifier  # padded
 
 
 def test_macs_of_an_int8_product():
@@ -86,7 +86,7 @@ def test_macs_of_an_int8_product():
         def forward(self, x):
             return torch._int_mm(x[0], torch.ones(32, 8, dtype=torch.int8))
 
-    assert benchmark.count_macs(Product(), torch.ones(1, 24, 32, dtype=torch.int8)) == 24 * 32 * 8
+    assert evaluate.count_macs(Product(), torch.ones(1, 24, 32, dtype=torch.int8)) == 24 * 32 * 8
 
 
 @pytest.mark.parametrize("backend", ["torch", "compile", "onnxruntime", "openvino"])

@@ -1,0 +1,1503 @@
+"""Quantize a trained network to 8 bits, by hand, and run it on real int8 kernels.
+
+    python quantize.py --method qat                       # fine-tunes checkpoints/train/best.pt while it is quantized
+    python quantize.py --method ptq --observer mse        # post-training: calibration images only
+    python quantize.py --method dynamic                   # no calibration: ranges of activations at run time
+    python quantize.py --method weight-only --bits 4      # for size; computes in float
+
+The arithmetic. An activation x is stored as q = clamp(round(x / scale) + zero_point, 0, 255), uint8, and stands for
+(q - zero_point) * scale; round() goes to the even neighbour. scale = (high - low) / 255 and zero_point = round(-low /
+scale), where low <= 0 <= high, so that 0 (padding, ReLU) is exact. A weight w is stored as clamp(round(w / scale),
+-127, 127), int8, with scale = max |w| / 127. A product of both is summed in int32, exactly, and multiplied by the two
+scales; the bias, which is not quantized, is added in float32. (Jacob et al. 2018, section 2; Krishnamoorthi 2018.)
+
+    what                                  granularity           stored as         range from
+    input of a Conv2d or Linear           one per tensor        uint8, affine     observer on calibration images
+    weight                                one per output        int8, symmetric   max |w|, learned (LSQ), or AdaRound
+    the other operand of a residual add   one per tensor        uint8, affine     observer
+    bias, norms, softmax, resizing        -                     float32           -
+
+Simulated ("fake quantized") and converted networks share one code path. A quantized layer quantizes its input, and
+returns a `Lazy` tensor: what it would compute, not yet computed. ReLU and its relatives, residual additions, max
+pooling, concatenation and reshaping are put behind it; the next quantized layer reads it as uint8 in its own scale, so
+the int8 kernel does it all and writes bytes; anything else that touches it (resizing, LayerNorm, softmax) sees a float
+tensor. So every network goes through, whatever its forward() does, and what does not fit simply is float.
+
+The int8 kernels are PyTorch's oneDNN ones (torch.ops.onednn), for x86 CPUs. Elsewhere the same checkpoint computes the
+same numbers, to rounding, in float from the int8 weights.
+"""
+
+import argparse
+import copy
+import csv
+import functools
+import itertools
+import math
+import shlex
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import datasets
+import evaluate
+import models
+import train
+from models import ModelError, fold_batchnorm
+
+# ---- primitives -----------------------------------------------------------------------------------------------------
+
+UINT8 = (0, 255)
+INT8 = (-127, 127)
+MOMENTUM = 0.05  # of the ranges that QAT observes
+
+
+def choose_qparams(low, high):
+    """Affine uint8 parameters of a range: (scale, zero_point), a float32 and an int32 tensor, shaped like `low`.
+
+    The range is widened to hold 0, which then is a whole number. An empty range, as of a dead ReLU, gives scale 1.
+    """
+    low, high = torch.as_tensor(low).float().clamp(max=0), torch.as_tensor(high).float().clamp(min=0)
+    scale = (high - low) / (UINT8[1] - UINT8[0])
+    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+    return scale, (-low / scale).round().clamp(*UINT8).int()
+
+
+def _shaped(values, x, axis):
+    """Per-channel values, or a single one, in a shape that broadcasts against x along `axis`."""
+    return values.view([-1 if d == axis else 1 for d in range(x.dim())]) if values.dim() else values
+
+
+def quantize(x, scale, zero_point=None, *, limits=UINT8, dtype=torch.uint8, axis=0):
+    """clamp(round(x / scale) + zero_point) as `dtype`; scale: one, or one per slice of `axis`."""
+    q = torch.round(x / _shaped(scale, x, axis))
+    return (q if zero_point is None else q + zero_point).clamp(*limits).to(dtype)
+
+
+def dequantize(q, scale, zero_point=None, *, axis=0):
+    """(q - zero_point) * scale in float32."""
+    x = q.float()
+    return (x if zero_point is None else x - zero_point) * _shaped(scale, x, axis)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, limits, axis):
+        shaped = _shaped(scale, x, axis)
+        q = torch.round(x / shaped)
+        if zero_point is not None:
+            q += zero_point
+        inside = (q >= limits[0]) & (q <= limits[1])
+        q.clamp_(*limits)
+        if zero_point is not None:
+            q -= zero_point
+        y = q.mul_(shaped)
+        ctx.axis = axis
+        ctx.save_for_backward(*((x, y, inside, scale) if ctx.needs_input_grad[1] else (inside,)))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not ctx.needs_input_grad[1]:
+            (inside,) = ctx.saved_tensors
+            return grad * inside, None, None, None, None
+        x, y, inside, scale = ctx.saved_tensors
+        grad_x = grad * inside
+        each = grad * y - grad_x * x  # times 1 / scale: round(x / s) - x / s inside, the limit outside (LSQ, eq. 3)
+        grad_scale = each.sum() if not scale.dim() else each.sum([d for d in range(x.dim()) if d != ctx.axis])
+        return grad_x, grad_scale / scale, None, None, None
+
+
+def fake_quantize(x, scale, zero_point=None, *, limits=UINT8, axis=0):
+    """dequantize(quantize(x)) with gradients: straight through to x where it is inside the range, 0 outside (Bengio et
+    al. 2013), and that of LSQ (Esser et al. 2020, section 2.1) to scale, if it wants one."""
+    return _FakeQuantize.apply(x.float(), scale, zero_point, limits, axis)
+
+
+def group_rows(weight, group_size, axis=0):
+    """A weight as (outputs, groups, group_size) for scales of its own in each group of consecutive inputs; 0: one group
+    an output. The last group is filled up with zeros."""
+    rows = weight.movedim(axis, 0).flatten(1)
+    group_size = group_size or rows.shape[1]
+    rows = F.pad(rows, (0, -rows.shape[1] % group_size))
+    return rows.unflatten(1, (-1, group_size))
+
+
+def pack4(q):
+    """Whole numbers in [-8, 7] -> uint8, flat, two a byte, the first in the low half."""
+    q = F.pad(q.flatten().to(torch.int16) + 8, (0, q.numel() % 2)).view(-1, 2)
+    return (q[:, 0] | q[:, 1] << 4).to(torch.uint8)
+
+
+def unpack4(packed, count):
+    """What pack4() was given, flat, as int8."""
+    return (torch.stack([packed & 15, packed >> 4], 1).flatten()[:count].to(torch.int8)) - 8
+
+
+# ---- quantization points --------------------------------------------------------------------------------------------
+
+
+class Point(nn.Module):
+    """A tensor of the network that is quantized: its scale and zero point.
+
+    Layers that read the same tensor share a point. quantize() gives floats, fake-quantized, or, once freeze() has said
+    so, bytes. While `moving` is above 0 it first moves the range by that share towards what it sees (QAT). `theta`: the
+    logarithm of a learned factor on the scale.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.theta, self.observer, self.moving = None, None, 0.0
+        self.int8, self.numbers, self.last = False, None, (lambda: None, None)  # numbers: what the kernels want
+
+    def set_range(self, low, high):
+        scale, zero_point = choose_qparams(low, high)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def move(self, x):
+        low, high = (-self.zero_point * self.scale, (UINT8[1] - self.zero_point) * self.scale)
+        seen = torch.aminmax(x.detach().float())
+        self.set_range(low + self.moving * (seen.min - low), high + self.moving * (seen.max - high))
+
+    def learned_scale(self):
+        return self.scale if self.theta is None else self.scale * self.theta.exp()
+
+    @torch.no_grad()
+    def freeze(self, int8):
+        """Take the scale as it is for good; int8: quantize() gives bytes from now on, where there are kernels."""
+        self.scale.copy_(self.learned_scale())
+        self.theta, self.moving = None, 0.0
+        self.int8, self.numbers = int8, (self.scale.item(), int(self.zero_point))
+
+    def quantize(self, x):
+        """float tensor -> bytes or fake-quantized floats; done once for all who read the same tensor."""
+        if self.moving:
+            self.move(x)
+        if not (self.int8 and x.device.type == "cpu"):
+            return fake_quantize(x, self.learned_scale(), self.zero_point)
+        kept, q = self.last
+        if kept() is not x:
+            q = to_bytes(x, *self.numbers)
+            self.last = (weakref.ref(x), q)
+        return q
+
+    def dequantize(self, q):
+        """What quantize() gave, as float."""
+        if q.is_floating_point():
+            return q
+        scale, zero_point = self.numbers
+        return q.float().sub_(zero_point).mul_(scale)
+
+
+class DynamicPoint(Point):
+    """A point that takes the range of each tensor as it comes."""
+
+    def quantize(self, x):
+        if self.last[0]() is not x:
+            low, high = torch.aminmax(x.detach().float())
+            self.set_range(low, high)
+            self.numbers = (self.scale.item(), int(self.zero_point))
+        return super().quantize(x)
+
+    def freeze(self, int8):
+        self.int8 = int8
+
+
+def to_bytes(x, scale, zero_point):
+    """quantize() of one scale in few passes over memory, channels_last where x is a map."""
+    # to() cuts off what stands after the point: half more rounds, but for ties
+    q = torch.add(torch.tensor(zero_point + 0.5), x.float(), alpha=1 / scale).clamp_(*UINT8).to(torch.uint8)
+    return q.contiguous(memory_format=torch.channels_last) if q.dim() == 4 else q.contiguous()
+
+
+# ---- observers ------------------------------------------------------------------------------------------------------
+
+BINS = 2048
+
+
+class Observer:
+    """Finds the range of the values it sees, by `method`:
+
+    minmax: all of them. average: the mean of each batch's smallest and largest. percentile: what is left when a share
+    of 1e-4 is cut off at each end. mse: the range with the least squared error of quantized values. entropy: the range
+    with the least Kullback-Leibler divergence of the histogram after from the one before (Migacz 2017). The last three
+    look at a histogram of `BINS` bins, which needs the extremes: it is filled in a second pass over the same data.
+    """
+
+    def __init__(self, method="minmax"):
+        self.method, self.low, self.high, self.counts, self.batches = method, math.inf, -math.inf, None, 0
+        self.sums = [0.0, 0.0]
+
+    @property
+    def passes(self):
+        return 1 if self.method in ("minmax", "average") else 2
+
+    def see(self, x):
+        x = x.detach().float()
+        if self.counts is not None:
+            self.counts += torch.histc(x, BINS, self.low, self.high).double()
+            return
+        low, high = (v.item() for v in torch.aminmax(x))
+        self.low, self.high = min(self.low, low, 0.0), max(self.high, high, 0.0)
+        self.sums, self.batches = [self.sums[0] + low, self.sums[1] + high], self.batches + 1
+
+    def second_pass(self):
+        if self.high <= self.low:
+            self.high = self.low + 1.0
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+
+    def range(self):
+        """(low, high) to quantize; raises ModelError where nothing was seen or a value was not finite."""
+        if not self.batches or not math.isfinite(self.high - self.low):
+            raise ModelError("calibration saw " + ("no values" if not self.batches else "values that are not finite"))
+        if self.method == "average":
+            return tuple(total / self.batches for total in self.sums)
+        if self.method == "minmax":
+            return self.low, self.high
+        return RANGES[self.method](self.counts, self.low, self.high)
+
+
+def percentile_range(counts, low, high, cut=1e-4):
+    """The range that leaves `cut` of the values out at each end."""
+    edges = torch.linspace(low, high, len(counts) + 1, dtype=torch.float64)
+    below = counts.cumsum(0) / counts.sum()
+    first, last = int((below <= cut).sum()), int((below < 1 - cut).sum())
+    return min(edges[first].item(), 0.0), max(edges[min(last + 1, len(counts))].item(), 0.0)
+
+
+def mse_range(counts, low, high):
+    """The range with the least squared error of quantize-dequantize on the histogram."""
+    width = (high - low) / len(counts)
+    kept = counts > 0
+    centres = (low + width * (torch.arange(len(counts), dtype=torch.float64) + 0.5))[kept].float()
+    counts = counts[kept].float()
+
+    def error(range_):
+        scale, zero_point = choose_qparams(*map(torch.tensor, range_))
+        return ((fake_quantize(centres, scale, zero_point) - centres).square() * counts).sum().item()
+
+    return _best(error, low, high)
+
+
+def entropy_range(counts, low, high):
+    """The range with the least divergence KL(P || Q): P the histogram with what lies outside moved to its ends, Q the
+    same after its bins were joined into 256 levels and spread again over the bins that were not empty."""
+    edges = torch.linspace(low, high, len(counts) + 1, dtype=torch.float64)
+
+    def divergence(range_):
+        first = int((edges < range_[0] - 1e-12).sum())
+        last = max(int((edges <= range_[1] + 1e-12).sum()) - 1, first + 1)
+        p = counts[first:last].clone()
+        q, filled = p.clone(), p > 0
+        p[0] += counts[:first].sum()
+        p[-1] += counts[last:].sum()
+        level = torch.arange(len(p)) * 256 // max(len(p), 256)
+        sums = torch.zeros(256, dtype=torch.float64).index_add_(0, level, q)
+        sizes = torch.zeros(256, dtype=torch.float64).index_add_(0, level, filled.double())
+        q = torch.where(filled, (sums / sizes.clamp(min=1))[level], 0.0)
+        p, q = p / p.sum(), q / q.sum().clamp(min=1e-12)
+        there = p > 0
+        return (p[there] * (p[there] / q[there].clamp(min=1e-12)).log()).sum().item()
+
+    return _best(divergence, low, high)
+
+
+def _best(error, low, high, shares=32):
+    """The range of the least error: each end shrunk in turn, twice, down to a tenth of what was seen."""
+    ends = [low, high]
+    for end in (0, 1, 0, 1):
+        tries = [[*ends] for _ in range(shares)]
+        for trial, share in zip(tries, torch.linspace(1.0, 0.1, shares).tolist(), strict=True):
+            trial[end] = (low, high)[end] * share
+        ends = min(tries, key=error)
+    return tuple(ends)
+
+
+RANGES = {"percentile": percentile_range, "mse": mse_range, "entropy": entropy_range}
+OBSERVERS = ("minmax", "average", *RANGES)
+
+
+# ---- lazy tensors ---------------------------------------------------------------------------------------------------
+
+
+class Post(NamedTuple):
+    """What comes after the sum of products, in the same kernel: an addend, then an activation."""
+
+    other: object = None  # tensor or Lazy of the same shape
+    attr: str = "none"  # key of ACTIVATIONS, and what oneDNN calls it
+    args: tuple = ()
+    algorithm: str = ""
+
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "hardtanh": F.hardtanh,
+    "hardswish": F.hardswish,
+    "swish": F.silu,
+    "gelu": F.gelu,
+}
+
+
+class Lazy:
+    """The output of a quantized layer, computed when it is read; to everything else it behaves as a float tensor.
+
+    read(None) gives float32, read(torch.bfloat16) that, and read(point) the tensor quantized at a Point: in int8
+    execution as bytes that come straight out of the kernel. Once it has been quantized, whoever reads it as float sees
+    the quantized values; that rule is what makes the simulated and the converted network the same.
+    make(what): computes it, in one of these forms. pending: (layer, its input, Post) while the output of a layer.
+    parents: the Lazy tensors whose bytes it takes over unchanged, which must share its point.
+    """
+
+    __slots__ = ("__weakref__", "half", "index", "make", "parents", "pending", "point", "shape", "stored")
+    made = itertools.count()
+
+    def __init__(self, make, shape, *, pending=None, parents=(), half=None):
+        self.make, self.shape, self.pending, self.parents, self.half = make, torch.Size(shape), pending, parents, half
+        self.stored, self.point, self.index = None, None, next(Lazy.made)
+
+    @classmethod
+    def of(cls, layer, x, post, shape):
+        return cls(lambda what: layer.compute(x, post, what), shape, pending=(layer, x, post), half=layer.half)
+
+    def read(self, what=None):
+        if isinstance(what, Point):
+            if self.point is not what:
+                quantized = self.make(what) if self.stored is None else what.quantize(self.read())
+                self.stored, self.point = quantized, what
+            return self.stored
+        if self.stored is None:
+            self.stored = self.make(what)
+        x = self.stored if self.point is None else self.point.dequantize(self.stored)
+        return x.to(what or torch.float32)
+
+    def become(self, other):
+        """What an operation in place does."""
+        for name in set(self.__slots__) - {"__weakref__"}:
+            setattr(self, name, getattr(other, name))
+        return self
+
+    @property
+    def open(self):
+        """Whether it is a layer's output that nothing has read and no activation has closed."""
+        return self.pending is not None and self.stored is None and self.pending[2].attr == "none"
+
+    def __getattr__(self, name):  # methods and properties of a tensor that are not among those below
+        return getattr(self.read(), name)
+
+    def size(self, dim=None):
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self):
+        return len(self.shape)
+
+    ndim = property(dim)
+
+    def __len__(self):
+        return self.shape[0]
+
+
+def read(x, what=None):
+    """Lazy.read() of a Lazy or a plain tensor."""
+    if isinstance(x, Lazy):
+        return x.read(what)
+    if isinstance(what, Point):
+        return what.quantize(x)
+    return x if what is None else x.to(what)
+
+
+def _floats(value):
+    """An argument of a function of torch with a float tensor in place of each Lazy."""
+    if isinstance(value, Lazy):
+        return value.read()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_floats, value))
+    return {k: _floats(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _torch_function(_cls, function, types, args=(), kwargs=None):
+    kwargs = kwargs or {}
+    handler = HANDLERS.get(function)
+    out = handler(*args, **kwargs) if handler else NotImplemented
+    return function(*_floats(args), **_floats(kwargs)) if out is NotImplemented else out
+
+
+def _activation(attr, function):
+    """Handler of an activation: it goes into the kernel of the layer before it, if that has none yet."""
+
+    def handler(x, *args, inplace=False, approximate=None, **kwargs):
+        if not (isinstance(x, Lazy) and x.open and x.pending[0].fuses(attr, x.pending[2])) or kwargs:
+            return NotImplemented
+        if attr == "hardtanh":
+            args = (0.0, 6.0) if function is F.relu6 else args or (-1.0, 1.0)
+        elif args:
+            return NotImplemented
+        layer, inputs, post = x.pending
+        post = post._replace(attr=attr, args=tuple(args), algorithm=approximate or ("none" if attr == "gelu" else ""))
+        out = Lazy.of(layer, inputs, post, x.shape)
+        return x.become(out) if inplace or function in IN_PLACE else out
+
+    return handler
+
+
+def _add(a, b, *, alpha=1):
+    """Handler of a sum: it goes into the kernel of the layer that made one of the two, the later one, if it can."""
+    lazy = [x for x in (a, b) if isinstance(x, Lazy) and x.open and x.pending[0].fuses("add", x.pending[2])]
+    if not lazy or alpha != 1 or getattr(a, "shape", 0) != getattr(b, "shape", 1) or a is b:
+        return NotImplemented
+    main = max(lazy, key=lambda x: x.index)
+    other = b if main is a else a
+    layer, inputs, post = main.pending
+    if layer.tracer is not None:
+        layer.tracer.adds.append(other)
+    return Lazy.of(layer, inputs, post._replace(other=other), main.shape)
+
+
+def _cat(tensors, dim=0):
+    rows = [x for x in tensors if isinstance(x, Lazy)]
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(x.shape[dim] for x in tensors)
+    return Lazy(
+        lambda what: torch.cat([read(x, what) for x in tensors], dim), shape, parents=tensors, half=rows[0].half
+    )
+
+
+def _max_pool(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    """Handler of max pooling, which commutes with quantization."""
+
+    def pairs(v):
+        return (v, v) if isinstance(v, int) else tuple(v)
+
+    kernel, padding = pairs(kernel_size), pairs(padding)
+    stride = pairs(stride) if stride else kernel
+    if ceil_mode or return_indices or pairs(dilation) != (1, 1):
+        return NotImplemented
+    size = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(x.shape[-2:], kernel, stride, padding, strict=True)]
+
+    def make(what):
+        y = x.read(what)
+        return (
+            F.max_pool2d(y, kernel, stride, padding)
+            if y.is_floating_point()
+            else max_pool_bytes(y, kernel, stride, padding)
+        )
+
+    return Lazy(make, (*x.shape[:-2], *size), parents=(x,), half=x.half)
+
+
+def max_pool_bytes(x, kernel, stride, padding):
+    """F.max_pool2d of uint8 (N, C, H, W), which PyTorch's own does not run channels_last, as maxima of slices."""
+    for dim in (2, 3):
+        k, s, p = kernel[dim - 2], stride[dim - 2], padding[dim - 2]
+        if p:  # 0 is the least byte, and no window is padding alone
+            x = F.pad(x, (0, 0, p, p) if dim == 2 else (p, p, 0, 0))
+        count = (x.shape[dim] - k) // s + 1
+        slices = [x.narrow(dim, i, (count - 1) * s + 1) for i in range(k)]
+        slices = [y[:, :, ::s] if dim == 2 else y[..., ::s] for y in slices]
+        x = slices[0]
+        for y in slices[1:]:
+            x = torch.maximum(x, y)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _layout(name):
+    """Handler of a method that only moves values."""
+
+    def handler(x, *args, **kwargs):
+        if not isinstance(x, Lazy):
+            return NotImplemented
+        shape = getattr(torch.empty(x.shape, device="meta"), name)(*args, **kwargs).shape
+        return Lazy(lambda what: getattr(x.read(what), name)(*args, **kwargs), shape, parents=(x,), half=x.half)
+
+    return handler
+
+
+def _dropout(x, p=0.5, training=True, inplace=False):
+    return NotImplemented if training else x
+
+
+def _attention(query, key, value, *args, **kwargs):
+    """Handler of scaled_dot_product_attention: in bfloat16 in int8 execution, where that was asked for."""
+    half = next((x.half for x in (query, key, value) if isinstance(x, Lazy)), None)
+    if half is None:
+        return NotImplemented
+    kwargs = {k: v.to(half) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in kwargs.items()}
+    out = F.scaled_dot_product_attention(*(read(x, half) for x in (query, key, value)), *args, **kwargs)
+    return _layout("contiguous")(wrap(out, half))
+
+
+def wrap(x, half=None):
+    """A tensor that is there already, as Lazy."""
+    out = Lazy(None, x.shape, half=half)
+    out.stored = x
+    return out
+
+
+IN_PLACE = {torch.relu_, torch.Tensor.relu_, F.relu_}
+HANDLERS = (
+    {f: _activation("relu", f) for f in (F.relu, torch.relu, torch.Tensor.relu, *IN_PLACE)}
+    | {F.relu6: _activation("hardtanh", F.relu6), F.hardtanh: _activation("hardtanh", F.hardtanh)}
+    | {F.hardswish: _activation("hardswish", F.hardswish), F.silu: _activation("swish", F.silu)}
+    | {F.gelu: _activation("gelu", F.gelu), F.dropout: _dropout, torch.cat: _cat}
+    | dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool)
+    | {F.scaled_dot_product_attention: _attention}
+    | dict.fromkeys((torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__), _add)
+)
+MOVES = ("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "contiguous")
+for _name in MOVES:
+    setattr(Lazy, _name, _layout(_name))
+    HANDLERS |= {getattr(owner, _name): _layout(_name) for owner in (torch, torch.Tensor) if hasattr(owner, _name)}
+Lazy.__torch_function__ = classmethod(_torch_function)
+OPERATORS = (
+    "sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg abs eq ne lt le gt ge getitem setitem isub imul "
+    "itruediv float int bool array"
+)
+
+
+def _operator(name):
+    return lambda self, *args: getattr(self.read(), name)(*_floats(args))
+
+
+for _name in OPERATORS.split():
+    setattr(Lazy, f"__{_name}__", _operator(f"__{_name}__"))
+Lazy.__hash__ = object.__hash__  # __eq__ was set
+Lazy.__add__ = Lazy.__radd__ = lambda self, other: torch.add(self, other)
+
+
+def _add_in_place(self, other):
+    before = Lazy(None, self.shape).become(self)  # the sum, which takes the place of self, reads what self was
+    total = torch.add(before, other)
+    return self.become(total if isinstance(total, Lazy) else wrap(total))
+
+
+Lazy.__iadd__ = _add_in_place
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+def kernels():
+    """Whether PyTorch has int8 kernels for this machine's CPU: oneDNN's, with AVX-512 VNNI or AMX behind them."""
+    return hasattr(torch.ops.onednn, "qconv_pointwise") and torch.backends.mkldnn.is_available() and (
+        torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX512_VNNI", "AMX")
+    )  # fmt: skip
+
+
+class QuantLayer(nn.Module):
+    """A convolution or Linear whose weight and, unless only that, whose input is quantized; it returns a Lazy.
+
+    mode: "observe" (float; what it reads is observed), "float", or "fake" (simulated, and int8 once the points are).
+    `values` is the float weight while it is simulated; `weight_q` takes its place when it is converted: int8 in the
+    weight's shape, or with 4 bits packed, and `weight_scale`, (outputs,) or, in groups, (outputs, groups). `weight` is
+    what the layer multiplies with. theta: logarithms of learned factors on the scales.
+    """
+
+    axis = 0  # of the weight's outputs
+
+    def __init__(self, layer, *, bits=8, group_size=0):
+        super().__init__()
+        self.values, self.bias = layer.weight, layer.bias
+        self.bits, self.group_size, self.shape = bits, group_size, tuple(layer.weight.shape)
+        self.limit = 2 ** (bits - 1) - 1
+        self.register_buffer("weight_q", None)
+        self.register_buffer("weight_scale", None)
+        self.reset_scale()
+        self.mode, self.theta, self.half = "float", None, None
+        self.tracer, self.gap, self.packed = None, None, None
+        self.points, self.plan = (None, None), [None, None]  # of the input; of the output where it is an addend
+
+    def __getstate__(self):
+        return self.__dict__ | {"packed": None}  # the kernels' own layout cannot be copied
+
+    def reset_scale(self):
+        """The scale of the largest magnitude."""
+        rows = group_rows(self.values.detach(), self.group_size, self.axis)
+        scale = rows.abs().amax(2) / self.limit
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        self.weight_scale = scale if self.group_size else scale.squeeze(1)
+
+    def fake_weight(self):
+        if self.theta is None and torch.is_grad_enabled() and self.values.requires_grad:
+            self.reset_scale()  # the weight moves, and the scale with it
+        scale = self.weight_scale if self.theta is None else self.weight_scale * self.theta.exp()
+        limits = (-self.limit, self.limit)
+        if not self.group_size:
+            return fake_quantize(self.values, scale, limits=limits, axis=self.axis)
+        rows = group_rows(self.values, self.group_size, self.axis)
+        return self.ungroup(fake_quantize(rows.flatten(0, 1), scale.flatten(), limits=limits).view_as(rows))
+
+    def ungroup(self, rows):
+        """(outputs, groups, group_size) -> the weight's shape."""
+        moved = [self.shape[self.axis], *(n for d, n in enumerate(self.shape) if d != self.axis)]
+        return rows.flatten(1)[:, : math.prod(moved[1:])].reshape(moved).movedim(0, self.axis)
+
+    @property
+    def weight(self):
+        if self.weight_q is None:
+            return self.fake_weight() if self.mode == "fake" else self.values
+        if self.bits == 8 and not self.group_size:
+            return dequantize(self.weight_q, self.weight_scale, axis=self.axis)
+        scale = self.weight_scale.view(self.shape[self.axis], -1, 1)
+        size = self.group_size or math.prod(self.shape) // self.shape[self.axis]
+        q = self.weight_q
+        if self.bits == 4:
+            q = unpack4(q, scale.numel() * size).view(*scale.shape[:2], size)
+        return self.ungroup(q.float() * scale)
+
+    @torch.no_grad()
+    def convert(self):
+        """Quantized weights for float ones."""
+        if self.theta is not None:
+            self.weight_scale, self.theta = self.weight_scale * self.theta.exp(), None
+        limits = dict(limits=(-self.limit, self.limit), dtype=torch.int8)
+        if self.bits == 8 and not self.group_size:
+            self.weight_q = quantize(self.values, self.weight_scale, axis=self.axis, **limits)
+        else:
+            rows = group_rows(self.values, self.group_size, self.axis)
+            q = quantize(rows.flatten(0, 1), self.weight_scale.flatten(), **limits).view_as(rows)
+            self.weight_q = pack4(q) if self.bits == 4 else q
+        self.values, self.mode = None, "fake"
+
+    @property
+    def quantized_params(self):
+        """Numbers that `weight_q` stands for; see models.count_params()."""
+        return 0 if self.weight_q is None else math.prod(self.shape)
+
+    def forward(self, x):
+        if self.tracer is not None:
+            self.tracer.reads.append((self, x))
+        point = self.points[0]
+        if point is not None and self.mode == "observe":
+            point.observer.see(read(x))
+        if self.gap is not None:
+            self.see_gap(read(x), point)
+        out = Lazy.of(self, read(x, point if self.mode == "fake" else None), Post(), self.output_shape(x.shape))
+        # nothing to gain from waiting; and the numbers of a dynamic point hold only until its next tensor
+        return out if type(point) is Point or self.tracer is not None else out.read()
+
+    def see_gap(self, x, point):
+        """How far quantization moves the mean of each output, see correct_bias()."""
+        quantized = self.simulate(point.quantize(x))
+        self.mode = "float"
+        gap = self.simulate(x) - quantized
+        self.mode = "fake"
+        dim = 1 if isinstance(self, QuantConv2d) else -1
+        self.gap.append(gap.movedim(dim, 0).flatten(1).mean(1))
+
+    def compute(self, x, post, what):
+        """The output, after its Post, as read(what) wants it. x: quantized, if the mode is "fake"."""
+        point = post.other.pending[0].points[1] if isinstance(post.other, Lazy) and post.other.pending else None
+        if point is not None and self.mode == "observe":
+            point.observer.see(post.other.read())
+        if point is not None and self.mode == "fake":
+            post.other.read(point)
+        if x.dtype == torch.uint8:
+            return self.run(x, post, what)
+        y = self.simulate(x)
+        y = y if post.other is None else y + read(post.other)
+        y = ACTIVATIONS[post.attr](y, *post.args)
+        return read(y, what)
+
+    def run(self, x, post, what):
+        """compute() by the int8 kernels."""
+        other, (scale, zero_point), dtype = post.other, (1.0, 0), what or torch.float32
+        if isinstance(what, Point):
+            (scale, zero_point), dtype = what.numbers, torch.uint8
+        if other is None:
+            return self.kernel(x, scale, zero_point, dtype, post)
+        of_bytes = isinstance(other, Lazy) and other.point is not None
+        if dtype == torch.uint8 and of_bytes:
+            return self.kernel_add(x, other.stored, *other.point.numbers, scale, zero_point, dtype, post)
+        y = self.kernel_add(x, read(other), 1.0, 0, 1.0, 0, torch.float32, post)
+        return to_bytes(y, scale, zero_point) if dtype == torch.uint8 else y.to(dtype)
+
+
+class QuantConv2d(QuantLayer):
+    def __init__(self, layer, **options):
+        super().__init__(layer, **options)
+        self.in_channels, self.out_channels, self.kernel_size = layer.in_channels, layer.out_channels, layer.kernel_size
+        self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
+        self.padding = layer.padding
+        if isinstance(self.padding, str):
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            self.padding = tuple(t // 2 for t in total) if self.padding == "same" else (0, 0)
+
+    @staticmethod
+    def refuses(layer):
+        """Why a layer cannot become this one, or None."""
+        if layer.padding_mode != "zeros":
+            return f"padding mode {layer.padding_mode}"
+        odd = all(d * (k - 1) % 2 == 0 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+        return None if odd or layer.padding != "same" else "padding on one side"
+
+    def fuses(self, attr, post):
+        """Whether the kernel can do that, an activation or "add", after what is in `post`."""
+        return attr == "relu" if post.other is not None else attr != "gelu"
+
+    def output_shape(self, shape):
+        size = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                shape[-2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        ]
+        return (*shape[:-3], self.out_channels, *size)
+
+    def simulate(self, x):
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def packs(self, x):
+        """The weight in the kernel's own layout, made once."""
+        if self.packed is None:
+            places = [list(v) for v in (self.stride, self.padding, self.dilation)]
+            scale, zero_point = self.points[0].numbers
+            self.packed = (
+                torch.ops.onednn.qconv_prepack(
+                    self.weight_q, self.weight_scale, scale, zero_point, *places, self.groups, list(x.shape)
+                ),
+                torch.zeros(self.out_channels, dtype=torch.int8),
+                [*places, self.groups],
+            )
+        return self.packed
+
+    def kernel(self, x, scale, zero_point, dtype, post):
+        weight, zeros, places = self.packs(x)
+        return torch.ops.onednn.qconv_pointwise(
+            x, *self.points[0].numbers, weight, self.weight_scale, zeros, self.bias, *places,
+            scale, zero_point, dtype, post.attr, list(post.args), post.algorithm,
+        )  # fmt: skip
+
+    def kernel_add(self, x, other, other_scale, other_zero_point, scale, zero_point, dtype, post):
+        weight, zeros, places = self.packs(x)
+        other = other.clone(memory_format=torch.channels_last)  # the kernel may write into it
+        return torch.ops.onednn.qconv2d_pointwise.binary(
+            x, *self.points[0].numbers, weight, self.weight_scale, zeros, other, self.bias, *places,
+            scale, zero_point, dtype, other_scale, other_zero_point, "sum", 1.0, post.attr, list(post.args), "",
+        )  # fmt: skip
+
+
+class QuantLinear(QuantLayer):
+    def __init__(self, layer, **options):
+        super().__init__(layer, **options)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    @staticmethod
+    def refuses(layer):
+        return None
+
+    def fuses(self, attr, post):
+        return post.other is None
+
+    def output_shape(self, shape):
+        return (*shape[:-1], self.out_features)
+
+    def simulate(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+    def packs(self, x):
+        if self.packed is None:
+            packed = torch.ops.onednn.qlinear_prepack(self.weight_q, list(x.shape))
+            self.packed = packed, torch.zeros(self.out_features, dtype=torch.int8)
+        return self.packed
+
+    def kernel(self, x, scale, zero_point, dtype, post):
+        weight, zeros = self.packs(x)
+        return torch.ops.onednn.qlinear_pointwise(
+            x.contiguous(), *self.points[0].numbers, weight, self.weight_scale, zeros, self.bias,
+            scale, zero_point, dtype, post.attr, list(post.args), post.algorithm,
+        )  # fmt: skip
+
+    def kernel_add(self, x, other, other_scale, other_zero_point, scale, zero_point, dtype, post):
+        weight, zeros = self.packs(x)
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            x.contiguous(), *self.points[0].numbers, weight, self.weight_scale, zeros, other.contiguous(), self.bias,
+            scale, zero_point, dtype, other_scale, other_zero_point, "add", 1.0,
+            post.attr, list(post.args), post.algorithm,
+        )  # fmt: skip
+
+
+class QuantConvTranspose2d(QuantLayer):
+    """A transposed convolution: its weight alone is quantized, as oneDNN has no int8 kernel for it."""
+
+    axis = 1
+
+    def __init__(self, layer, **options):
+        super().__init__(layer, **options)
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.options = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+
+    @staticmethod
+    def refuses(layer):
+        return "groups" if layer.groups > 1 else None
+
+    def fuses(self, attr, post):
+        return False
+
+    def output_shape(self, shape):
+        stride, padding, extra, _, dilation = self.options
+        size = [
+            (n - 1) * s - 2 * p + d * (k - 1) + e + 1
+            for n, s, p, d, k, e in zip(shape[-2:], stride, padding, dilation, self.shape[2:], extra, strict=True)
+        ]
+        return (*shape[:-3], self.out_channels, *size)
+
+    def simulate(self, x):
+        return F.conv_transpose2d(x, self.weight, self.bias, *self.options)
+
+
+INT8_KINDS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+KINDS = INT8_KINDS | {nn.ConvTranspose2d: QuantConvTranspose2d}  # of weights
+
+
+# ---- prepare, calibrate, convert ------------------------------------------------------------------------------------
+
+
+class Tracer:
+    """What a run of the network shows: who reads which tensor."""
+
+    def __init__(self):
+        self.reads, self.adds = [], []  # (layer, what it read), and addends
+
+    def groups(self):
+        """Sets of tensors that must be quantized alike, as their bytes are handed on -> {id: a number of its set}."""
+        parent = {}
+
+        def find(x):
+            while parent.setdefault(x, x) != x:
+                x = parent[x]
+            return x
+
+        def join(x):
+            find(id(x))
+            if isinstance(x, Lazy):
+                for y in x.parents:
+                    parent[find(id(y))] = find(id(x))
+                    join(y)
+
+        for x in [x for _, x in self.reads] + self.adds:
+            join(x)
+        first = {}
+        for layer, x in self.reads:  # a layer that is called twice has one point
+            parent[find(id(x))] = find(id(first.setdefault(layer, x)))
+        return {x: find(x) for x in parent}
+
+
+def quant_layers(model):
+    """{name: QuantLayer} of a network."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+
+
+@torch.no_grad()
+def prepare(model, images, *, activations=True, skip=(), **options):
+    """Replace, in place, each convolution and Linear that the network calls by its QuantLayer, and find their points.
+
+    images: a batch that is run. activations: False to quantize weights alone. skip: names of layers to leave. options:
+    bits and group_size. BatchNorm is folded first, dropout goes.
+    """
+    removed = simplify(model)
+    candidates = {n: m for n, m in model.named_modules() if type(m) in KINDS and n not in skip}
+    macs, weights_only, left = run_hooked(model, images, candidates.values()), {}, dict.fromkeys(skip, "left out")
+    for name, layer in model.named_modules():
+        if isinstance(layer, tuple(KINDS)) and type(layer) not in KINDS:
+            left[name] = f"a {type(layer).__name__}"
+    for name, layer in candidates.items():
+        if why := KINDS[type(layer)].refuses(layer):
+            left[name] = why
+            continue
+        if type(layer) not in INT8_KINDS:
+            weights_only[name] = "no int8 kernel"
+        elif layer not in macs:
+            weights_only[name] = "not called as a layer"
+        model.set_submodule(name, KINDS[type(layer)](layer, **options))
+    layers = quant_layers(model)
+    if not layers:
+        raise ModelError("no layer of this network can be quantized")
+    called = {name: layer for name, layer in layers.items() if name not in weights_only}
+    plan = dict.fromkeys(layers, (None, None)) | (trace(model, images, called) if activations else {})
+    connect(model, plan)
+    macs = {name: macs.get(layer, 0) for name, layer in candidates.items()}
+    return Prepared(plan, removed, left, weights_only if activations else {}, macs)
+
+
+class Prepared(NamedTuple):
+    """What prepare() did: `plan`, see connect(); `removed` norms and dropouts; {name: reason} of layers `left` in float
+    and of those with `weights_only` quantized; multiply-accumulates an image, by layer."""
+
+    plan: dict
+    removed: list
+    left: dict
+    weights_only: dict
+    macs: dict
+
+
+def simplify(model):
+    """Fold BatchNorm and take out dropout, in place -> names of what went; norms that stay are put into eval mode."""
+    before = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    fold_batchnorm(model.eval())
+    removed = [name for name in before if type(model.get_submodule(name)) is nn.Identity]
+    dropouts = [n for n, m in model.named_modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))]
+    remove(model, dropouts)
+    return removed + dropouts
+
+
+def remove(model, names):
+    for name in names:
+        model.set_submodule(name, nn.Identity())
+    model.frozen = [*model.frozen, *(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))]
+
+
+def run_hooked(model, images, layers):
+    """Run the network -> {layer: multiply-accumulates an image} of those of `layers` that were called."""
+    macs = {}
+
+    def count(layer, inputs, output):
+        each = math.prod(layer.weight.shape) // layer.weight.shape[0]
+        places = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
+        macs[layer] = macs.get(layer, 0) + places.numel() // len(images) * each
+
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return macs
+
+
+def trace(model, images, layers):
+    """Who reads what: {name: [number of the input's point, of the output's or None]}."""
+    tracer = Tracer()
+    for layer in layers.values():
+        layer.tracer = tracer
+    model(images)
+    groups, numbers = tracer.groups(), {}
+    plan = {layer: [None, None] for layer in layers.values()}
+    for layer, x in tracer.reads:
+        plan[layer][0] = numbers.setdefault(groups[id(x)], len(numbers))
+    for x in tracer.adds:
+        if isinstance(x, Lazy) and x.pending is not None:
+            plan[x.pending[0]][1] = numbers.setdefault(groups[id(x)], len(numbers))
+    for layer in layers.values():
+        layer.tracer = None
+    return {name: plan[layer] for name, layer in layers.items()}
+
+
+def connect(model, plan, kind=Point):
+    """Give a network its points, and each layer its own. plan: {name: numbers of the input's and the output's}."""
+    count = 1 + max((i for pair in plan.values() for i in pair if i is not None), default=-1)
+    model.points = nn.ModuleList(kind() for _ in range(count))
+    for name, pair in plan.items():
+        layer = model.get_submodule(name)
+        layer.plan = [None if kind is DynamicPoint and n else i for n, i in enumerate(pair)]
+        layer.points = tuple(None if i is None else model.points[i] for i in layer.plan)
+
+
+def set_mode(model, mode, names=None):
+    """The mode of all QuantLayers, or of those named."""
+    for name, layer in quant_layers(model).items():
+        if names is None or name in names:
+            layer.mode = mode
+
+
+@torch.no_grad()
+def calibrate(model, batches, *, observer="minmax"):
+    """Run a prepared network in float on batches of images and set each point by what its observer saw."""
+    points = list(model.points)
+    for point in points:
+        point.observer = Observer(observer)
+    set_mode(model, "observe")
+    for number in range(points[0].observer.passes):
+        if number:
+            for point in points:
+                point.observer.second_pass()
+        for images in batches:
+            model(images)
+    for point in points:
+        point.set_range(*point.observer.range())
+        point.observer = None
+    set_mode(model, "fake")
+
+
+def make_dynamic(model):
+    """Give a prepared network points that take the ranges of activations at run time."""
+    connect(model, {name: layer.plan for name, layer in quant_layers(model).items()}, DynamicPoint)
+    set_mode(model, "fake")
+
+
+def learn_steps(model):
+    """Make the scales of weights and activations trainable, by a factor each (LSQ, Esser et al. 2020; here its
+    logarithm, so that a step of any optimizer changes a small scale by as many percent as a large one)."""
+    for layer in quant_layers(model).values():
+        layer.theta = nn.Parameter(torch.zeros_like(layer.weight_scale))
+    for point in model.points:
+        point.theta = nn.Parameter(torch.zeros_like(point.scale))
+
+
+def convert(model, *, half=None):
+    """Turn a calibrated network, in place, into one that holds int8 weights and, where there are kernels, runs them.
+
+    half: torch.bfloat16 to compute attention in that.
+    """
+    for layer in quant_layers(model).values():
+        layer.convert()
+    execute(model, int8=kernels(), half=half)
+
+
+def execute(model, *, int8, half=None):
+    """Run a converted network by the int8 kernels, or in float from the same weights."""
+    for point in model.points:
+        point.freeze(int8)
+    for layer in quant_layers(model).values():
+        layer.half = half if int8 else None
+
+
+def rebuild(model, entry, state):
+    """Give a network as build_model() makes it the structure that `entry` of a checkpoint's compression describes.
+
+    state: the checkpoint's state_dict, for what it holds; nothing is copied.
+    """
+
+    def empty(key):
+        return torch.empty_like(state[key], device="meta")
+
+    remove(model, entry["removed"])
+    for name in entry["plan"]:
+        layer = model.get_submodule(name)
+        layer = KINDS[type(layer)](layer, bits=entry["bits"], group_size=entry["group_size"])
+        if f"{name}.weight_q" in state:
+            layer.weight_q, layer.values, layer.mode = empty(f"{name}.weight_q"), None, "fake"
+        if f"{name}.theta" in state:
+            layer.theta = nn.Parameter(empty(f"{name}.theta"))
+        model.set_submodule(name, layer)
+    connect(model, entry["plan"], DynamicPoint if entry["method"] == "dynamic" else Point)
+    for number, point in enumerate(model.points):
+        if f"points.{number}.theta" in state:
+            point.theta = nn.Parameter(empty(f"points.{number}.theta"))
+    for key in state:  # of convolutions that took over a BatchNorm
+        name, _, kind = key.rpartition(".")
+        if kind == "bias" and model.get_submodule(name).bias is None:
+            model.get_submodule(name).bias = nn.Parameter(empty(key))
+
+
+def restore(model, entry):
+    """Make a rebuilt network whose tensors are loaded ready to run."""
+    set_mode(model, "fake")
+    if entry["state"] == "int8":
+        execute(model, int8=kernels(), half=torch.bfloat16 if entry["attention"] == "bf16" else None)
+
+
+# ---- post-training helpers ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def smooth(model, batches, *, alphas=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8)):
+    """SmoothQuant (Xiao et al. 2023, section 4): outliers of LayerNorm's channels move into the Linear layers after it.
+
+    Each LayerNorm whose output only Linear layers read is divided, channel by channel, by max|x|^a / max|w|^(1-a), and
+    their weights are multiplied by it, which changes nothing in float. Of `alphas`, and of no smoothing, the one whose
+    quantized products come closest to the float ones is taken. Returns {name of the LayerNorm: alpha, or None}.
+    """
+    norms = {m: n for n, m in model.named_modules() if type(m) is nn.LayerNorm and m.elementwise_affine}
+    readers, inputs, made = {norm: {} for norm in norms}, {norm: [] for norm in norms}, {}
+
+    def after_norm(norm, _inputs, output):
+        made[id(output)] = (norm, output)
+        inputs[norm].append(output.flatten(0, -2)[:: 1 + output.numel() // output.shape[-1] // 512].clone())
+
+    def before_linear(linear, args):
+        norm, _ = made.get(id(args[0]), (None, None))
+        if norm is not None:
+            readers[norm][linear] = None
+
+    hooks = [norm.register_forward_hook(after_norm) for norm in norms]
+    hooks += [m.register_forward_pre_hook(before_linear) for m in model.modules() if type(m) is nn.Linear]
+    expected = []
+    for images in batches:
+        expected.append(model(images))
+        made.clear()
+    for hook in hooks:
+        hook.remove()
+    chosen = {}
+    for norm, name in norms.items():
+        linears = list(readers[norm])
+        if not linears:
+            continue
+        x = torch.cat(inputs[norm])
+        largest_x = x.abs().amax(0).clamp(min=1e-5)
+        largest_w = torch.stack([layer.weight.abs().amax(0) for layer in linears]).amax(0).clamp(min=1e-5)
+
+        def factor(alpha, largest_x=largest_x, largest_w=largest_w):
+            return torch.ones_like(largest_x) if alpha is None else (largest_x**alpha / largest_w ** (1 - alpha))
+
+        def error(alpha, x=x, linears=linears, factor=factor):
+            s = factor(alpha)
+            qx = fake_quantize(x / s, *choose_qparams((x / s).min(), (x / s).max()))
+            total = 0.0
+            for layer in linears:
+                w = layer.weight * s
+                qw = fake_quantize(w, w.abs().amax(1).clamp(min=1e-8) / INT8[1], limits=INT8)
+                total += (F.linear(qx, qw) - F.linear(x, layer.weight)).square().sum().item()
+            return total
+
+        alpha = min((None, *alphas), key=error)
+        before = [t.clone() for t in (norm.weight, norm.bias, *(layer.weight for layer in linears))]
+        s = factor(alpha)
+        norm.weight /= s
+        norm.bias /= s
+        for layer in linears:
+            layer.weight *= s
+        if alpha is not None:
+            difference = (model(batches[0]) - expected[0]).abs().max()
+            if not difference <= 1e-3 * max(1.0, expected[0].abs().max()):  # something else reads it, too
+                for t, old in zip((norm.weight, norm.bias, *(layer.weight for layer in linears)), before, strict=True):
+                    t.copy_(old)
+                alpha = None
+        chosen[name] = alpha
+    return chosen
+
+
+@torch.no_grad()
+def correct_bias(model, batches):
+    """Add to each layer's bias what quantization takes from the mean of its outputs (Nagel et al. 2019, section 4.2).
+
+    Both means are of the same inputs, those of the quantized network before them, so each layer answers for itself.
+    """
+    layers = [layer for layer in quant_layers(model).values() if layer.points[0] is not None]
+    for layer in layers:
+        layer.gap = []
+    for images in batches:
+        model(images)
+    for layer in layers:
+        gap = torch.stack(layer.gap).mean(0) if layer.gap else None
+        layer.gap = None
+        if gap is not None:
+            layer.bias = nn.Parameter(gap if layer.bias is None else layer.bias + gap)
+
+
+@torch.no_grad()
+def sensitivity(model, batches):
+    """How much each layer alone, quantized in an otherwise float network, changes the logits: {name: share}, worst
+    first. The share is of their energy: sum of squared differences over sum of squares."""
+    layers = [name for name, layer in quant_layers(model).items() if layer.points[0] is not None]
+    set_mode(model, "float")
+    expected = [read(model(images)) for images in batches]
+    energy = sum(logits.square().sum() for logits in expected)
+    shares = {}
+    for name in tqdm(layers, desc="sensitivity", leave=False):
+        set_mode(model, "fake", [name])
+        errors = [(read(model(x)) - y).square().sum() for x, y in zip(batches, expected, strict=True)]
+        set_mode(model, "float", [name])
+        shares[name] = (sum(errors) / energy).item()
+    set_mode(model, "fake")
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+class QatObjective(train.Objective):
+    """train.Objective plus, with `kl`, that weight times KL(float network || quantized network), a pixel's mean."""
+
+    def __init__(self, model, loss, aux_weight, ignore_index, *, teacher=None, kl=0.0):
+        super().__init__(model, loss, aux_weight, ignore_index)
+        self.teacher, self.kl = (teacher,), kl  # in a tuple: its weights are not trained, nor kept
+
+    def forward(self, images, target):
+        loss = super().forward(images, target)
+        if not self.kl:
+            return loss
+        with torch.no_grad():
+            expected = self.teacher[0](images).float().log_softmax(1)
+        found = self.model(images).float().log_softmax(1)
+        return loss + self.kl * F.kl_div(found, expected, log_target=True, reduction="none").sum(1).mean()
+
+
+def fine_tune(model, teacher, train_set, val_set, *, args, out, device, save, resume=None):
+    """QAT: train the simulated network by train.fit(); best.pt and last.pt then hold it as such."""
+    if args.steps == "learned" and resume is None:
+        learn_steps(model)
+    loss = train.make_loss(args, model, train_set, out)
+    objective = QatObjective(model, loss, 0.4, train_set.info.ignore_index, teacher=teacher, kl=args.kl).to(device)
+    optimizer = train.make_optimizer(
+        objective, args.optimizer, lr=args.lr, backbone_lr=args.backbone_lr or args.lr,
+        weight_decay=args.weight_decay, momentum=args.momentum,
+    )  # fmt: skip
+    steps = args.epochs * max(1, len(train_set) // args.batch_size)
+    schedule = train.make_schedule(
+        args.schedule, total=steps, warmup=args.warmup, power=args.power, cycles=args.cycles, patience=args.patience
+    )
+    first = resume["step"] if resume else 0
+
+    def observe(step):
+        """Frozen steps follow what is seen for the first third, and then stay."""
+        moving = MOMENTUM if args.steps == "frozen" and step < steps / 3 and model.training else 0.0
+        for point in model.points:
+            point.moving = moving
+
+    observe(first)
+    return train.fit(
+        objective, train_set, val_set, optimizer=optimizer, schedule=schedule, epochs=args.epochs,
+        batch_size=args.batch_size, seed=args.seed, device=device, out_dir=out, save=save, workers=args.workers,
+        accumulate=args.accumulate, clip=args.clip, amp=args.amp, ema_decay=args.ema, eval_every=args.eval_every,
+        save_every=args.save_every, max_steps=first + 2 if args.dry_run else None, resume=resume,
+        after_step=lambda step: observe(step + 1),
+    )  # fmt: skip
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+METHODS = ("dynamic", "ptq", "qat", "weight-only")
+# of qat, in place of those of train.py; flags of data and loss come from the checkpoint
+QAT_DEFAULTS = dict(epochs=1, lr=1e-4, warmup=0, weight_decay=0.0)
+OWN_FLAGS = (*QAT_DEFAULTS, "out", "resume", "dry_run", "weights", "schedule", "clip", "ema", "optimizer",
+             "backbone_lr", "eval_every", "save_every", "amp", "threads", "device", "tensorboard", "compile",
+             "seed")  # fmt: skip
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=evaluate.HelpFormatter)
+    group = parser.add_argument_group("quantization")
+    add, yes_no = group.add_argument, argparse.BooleanOptionalAction
+    add("--weights", default="checkpoints/train/best.pt", help="float checkpoint to quantize")
+    add("--method", choices=METHODS, default="ptq", help="what is quantized, and where ranges come from")
+    add("--observer", choices=OBSERVERS, default="mse", help="how a range is found from calibration images")
+    add("--calib-images", type=datasets.positive_int, default=32, metavar="N", help="of the training split")
+    add("--smooth", action=yes_no, default=True, help="SmoothQuant, where a LayerNorm feeds Linear layers")
+    add("--correct-bias", action=yes_no, default=True, help="make up for what quantization does to means")
+    add("--bits", type=int, choices=(8, 4), default=8, help="weight-only: of a weight")
+    add("--group-size", type=int, default=0, metavar="N", help="weight-only: inputs that share a scale; 0: an output's")
+    add("--skip", nargs="+", default=[], metavar="LAYER", help="layers to leave in float")
+    add("--sensitivity", action="store_true", help="rank the layers by the error each brings alone (figure, CSV)")
+    add("--max-drop", type=float, metavar="POINTS", help="leave as many layers in float as this mIoU drop takes")
+    add("--attention", choices=("bf16", "float32"), default="bf16", help="what attention is computed in")
+    add("--steps", choices=("learned", "frozen"), default="learned", help="qat: scales are trained (LSQ), or observed")
+    add("--kl", type=float, default=0.0, metavar="WEIGHT", help="qat: of the divergence from the float network")
+    add("--out", help="folder to write to; left out: checkpoints/quantize-METHOD")
+    add("--resume", action="store_true", help="qat: go on from OUT/last.pt, with its flags")
+    datasets.add_data_args(parser)
+    train.add_train_args(parser)
+    parser.set_defaults(**QAT_DEFAULTS)
+    return parser
+
+
+def parse_args(argv):
+    """The flags; those of data and loss that are not given are the checkpoint's, with --resume all of them."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    out = args.out or f"checkpoints/{'dry-run/' if args.dry_run else ''}quantize-{args.method}"
+    path = Path(out) / "last.pt" if args.resume else Path(args.weights)
+    known = models.read_checkpoint(path)["args"]
+    inherited = {k: v for k, v in known.items() if k in vars(args) and (args.resume or k not in OWN_FLAGS)}
+    parser.set_defaults(**{k: v for k, v in inherited.items() if k not in ("resume", "dry_run", "threads", "device")})
+    args = parser.parse_args(argv)
+    args.out = out
+    if args.method != "weight-only" and (args.bits != 8 or args.group_size):
+        raise ModelError("--bits 4 and --group-size are of --method weight-only: the int8 kernels take neither")
+    return args
+
+
+def main(argv=None):
+    """Run the command line; returns what results.json holds."""
+    start = time.perf_counter()
+    command = shlex.join(["python", "quantize.py", *(sys.argv[1:] if argv is None else argv)])
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    train.keep_freed_memory()
+    train.set_seed(args.seed, deterministic=args.deterministic)
+    device = evaluate.pick_device(args.device)
+    args.amp = evaluate.choose_amp(args.amp, device)
+    float_model, checkpoint = models.load_checkpoint(args.weights, device=device)
+    if any(step["step"] == "quantize" for step in checkpoint["compression"]):
+        raise ModelError(f"{args.weights} is quantized already: give the float checkpoint that it was made from")
+    train_set, val_set = train.open_splits(args)
+    if list(val_set.info.classes) != list(checkpoint["data"]["classes"]):
+        data = checkpoint["data"]["name"]
+        raise ModelError(f"{args.weights} was trained on {data}, whose classes {args.dataset} does not have")
+    float_model = float_model.to(memory_format=torch.channels_last)
+    score = functools.partial(
+        evaluate.evaluate, loader=datasets.eval_loader(val_set, workers=args.workers), device=device, progress=True,
+        num_classes=len(val_set.info.classes), ignore_index=val_set.info.ignore_index, boundary=False,
+    )  # fmt: skip
+    rows = {"float": score(float_model)}
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.resume:
+        model, last = models.load_checkpoint(out / "last.pt", device=device)
+        entry, resume = last["compression"][-1], last["training"]
+    else:
+        images = calibration_images(args, device)
+        model, entry = quantize_network(float_model, images, args, score, rows["float"]["miou"], out)
+        resume = None
+    about = dict(
+        data=checkpoint["data"], pretrained=checkpoint["pretrained"], command=command,
+        args={k: train.plain(v) for k, v in vars(args).items() if k != "resume"},
+        lineage=[*checkpoint["lineage"], {"id": checkpoint["id"], "command": checkpoint["command"],
+                                          "miou": rows["float"]["miou"]}],
+    )  # fmt: skip
+
+    def save(path, *, network=None, **state):
+        network = network or model
+        converted = all(layer.weight_q is not None for layer in quant_layers(network).values())
+        step = entry | {"state": "int8" if converted else "simulated"}
+        models.save_checkpoint(path, network, compression=[*checkpoint["compression"], step], **about, **state)
+
+    history = None
+    if args.method == "qat":
+        teacher = float_model if args.kl else None
+        done = fine_tune(
+            model, teacher, train_set, val_set, args=args, out=out, device=device, save=save, resume=resume
+        )
+        if done["stopped"]:
+            print(f"{done['stopped']}: stopped after step {done['step']}. "
+                  f"Go on with: python quantize.py --method qat --resume --out {out}")  # fmt: skip
+            return {"stopped": done["stopped"], "step": done["step"]}
+        train.plot_curves(done["history"], out / "curves.png")
+        model, history = models.load_checkpoint(out / "best.pt", device=device)[0], done["history"]
+    if args.method in ("ptq", "qat"):
+        rows["fake quantized"] = score(model)
+    half = torch.bfloat16 if entry["attention"] == "bf16" else None
+    convert(model.eval(), half=half)
+    metrics = evaluate.score(model, val_set, device=device, out=out, workers=args.workers)
+    rows["converted"] = metrics
+    save(out / "best.pt", network=model, metrics={k: metrics[k] for k in ("miou", "macc", "aacc")})
+    return report(
+        float_model, out, rows, args=args, command=command, val_set=val_set, device=device,
+        seconds=time.perf_counter() - start, history=history,
+    )  # fmt: skip
+
+
+def calibration_images(args, device):
+    """Images (1, 3, H, W) of the training split, evenly spread, as the network sees them in evaluation."""
+    options = dict(root=args.data_root, size=args.size, cache=False, options=datasets.option_values(args))
+    few = dict(length=2) if args.dry_run else {}
+    dataset = datasets.open_dataset(args.dataset, "train", **options, **few)
+    count = min(args.calib_images, len(dataset))
+    return [dataset[i * len(dataset) // count][0][None].to(device) for i in range(count)]
+
+
+def quantize_network(float_model, images, args, score, miou, out):
+    """Copy the network and quantize the copy, simulated -> (network, its entry of the checkpoint's `compression`)."""
+    source, alphas = copy.deepcopy(float_model), {}
+    activations = args.method != "weight-only"
+    if args.smooth and args.method in ("ptq", "qat"):
+        alphas = smooth(source, images[:8])
+
+    def attempt(skip):
+        model = copy.deepcopy(source)
+        unknown = set(skip) - {name for name, m in model.named_modules() if type(m) in KINDS}
+        if unknown:
+            raise ModelError(f"--skip {sorted(unknown)[0]}: no convolution or Linear of this network has that name")
+        done = prepare(model, images[0], activations=activations, skip=skip, bits=args.bits, group_size=args.group_size)
+        set_mode(model, "fake")
+        if args.method == "dynamic":
+            make_dynamic(model)
+        elif activations:
+            calibrate(model, images, observer=args.observer)
+            if args.correct_bias:
+                correct_bias(model, images)
+        return model, done
+
+    skip = list(args.skip)
+    model, done = attempt(skip)
+    if args.method in ("ptq", "qat") and (args.sensitivity or args.max_drop is not None):
+        ranking = sensitivity(model, images[:8])
+        write_sensitivity(ranking, out)
+        if args.max_drop is not None:
+            fewest, most = 0, len(ranking)  # layers in float: too few, as far as is known, and enough
+            while fewest < most:
+                count = (fewest + most) // 2
+                skip = [*args.skip, *list(ranking)[:count]]
+                drop = miou - score(attempt(skip)[0])["miou"]
+                tqdm.write(f"{count} of {len(ranking)} layers in float: {drop:.2f} points lost")
+                fewest, most = (fewest, count) if drop <= args.max_drop else (count + 1, most)
+            skip = [*args.skip, *list(ranking)[:most]]
+            model, done = attempt(skip)
+    return model, {
+        "step": "quantize", "method": args.method, "bits": args.bits, "group_size": args.group_size,
+        "attention": args.attention, "observer": args.observer if args.method in ("ptq", "qat") else None,
+        "smoothed": alphas, **done._asdict(),
+    }  # fmt: skip
+
+
+def write_sensitivity(ranking, out):
+    """sensitivity.csv and .png: the layers, worst first."""
+    from matplotlib.figure import Figure
+
+    with open(out / "sensitivity.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layer", "error"])
+        writer.writerows(ranking.items())
+    shown = dict(list(ranking.items())[:30])
+    figure = Figure(figsize=(8, 0.8 + 0.2 * len(shown)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(list(shown), list(shown.values()))
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel="share of the logits' energy that the layer's quantization changes")
+    axis.grid(axis="x", alpha=0.3)
+    evaluate.save_figure(figure, out / "sensitivity.png")
+
+
+def report(float_model, out, rows, *, args, command, val_set, device, seconds, history):
+    """Print what was quantized, what was not and why, and what it cost -> what results.json holds."""
+    model, checkpoint = models.load_checkpoint(out / "best.pt", device=device)
+    entry, image = checkpoint["compression"][-1], val_set[0][0][None].to(device)
+    results = functools.partial(evaluate.results, split="val", device=device, seconds=seconds)
+    before_checkpoint = models.read_checkpoint(args.weights)
+    before = results(float_model, before_checkpoint, rows["float"], command=checkpoint["lineage"][-1]["command"],
+                     path=args.weights)  # fmt: skip
+    done = results(model, checkpoint, rows["converted"], command=command, path=out / "best.pt")
+    simplify(float_model)
+
+    def run(network):
+        with torch.inference_mode():
+            return network(image)
+
+    calls = [functools.partial(run, float_model), functools.partial(run, model)]
+    times = evaluate.milliseconds(calls, 1 if args.dry_run else 10)
+    total_macs = evaluate.count_macs(float_model, image)
+    layers = quant_layers(model)
+    int8 = [name for name, layer in layers.items() if layer.points[0] is not None]
+    quantized = sum(layer.quantized_params for layer in layers.values())
+    done |= {
+        "before": before,
+        "miou_fake_quantized": rows["fake quantized"]["miou"] if "fake quantized" in rows else None,
+        "latency_ms": times[1], "latency_ms_before": times[0], "int8_kernels": bool(int8) and kernels(),
+        "layers": len(entry["macs"]) + len(entry["left"]), "int8_layers": len(int8),
+        "float_layers": entry["left"] | entry["weights_only"],
+        "quantized_macs_percent": 100 * sum(entry["macs"].get(name, 0) for name in int8) / total_macs,
+        "quantized_params_percent": 100 * quantized / models.count_params(model)[0],
+    }  # fmt: skip
+    if history is not None:
+        done["epochs"] = args.epochs
+    evaluate.write_json(out / "results.json", done)
+    for name, why in done["float_layers"].items():
+        print(f"in float: {name} ({why}{'; its weight is int8' if name in entry['weights_only'] else ''})")
+    print(f"int8: {done['int8_layers']} of {done['layers']} layers, {done['quantized_macs_percent']:.1f}% of the MACs; "
+          f"{done['quantized_params_percent']:.1f}% of the parameters in {args.bits} bits")  # fmt: skip
+    size = {"float": before["file_mb"], "converted": done["file_mb"]}
+    latency = {"float": times[0], "converted": times[1]}
+    evaluate.print_table([
+        {"network": name, "mIoU": row["miou"], "mAcc": row["macc"], "aAcc": row["aacc"], "file, MiB": size.get(name),
+         "latency, ms": latency.get(name)}
+        for name, row in rows.items()
+    ])  # fmt: skip
+    if times[1] > times[0]:
+        print(f"slower than float: {times[1]:.1f} ms against {times[0]:.1f}")
+    if int8 and not kernels():
+        print("no int8 kernels on this machine: computed in float from the int8 weights")
+    print(f"{done['file_mb'] / before['file_mb']:.3f} of the size, {times[0] / times[1]:.2f} times as fast; "
+          f"{out / 'best.pt'}; results.json and figures beside it")  # fmt: skip
+    return done
+
+
+if __name__ == "__main__":
+    sys.modules["quantize"] = sys.modules[__name__]  # the name by which load_checkpoint() imports it
+    evaluate.run_cli(main)
