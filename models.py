@@ -1292,6 +1292,43 @@ def fold_batchnorm(model, size=(64, 64)):
     return folded
 
 
+@torch.no_grad()
+def fold_layer_scale(model, size=(64, 64)):
+    """Fold each layer scale (Touvron et al. 2021, section 2) into the Linear before it, in place -> names folded.
+
+    A layer scale is a module whose only tensor is a vector that it multiplies the last dimension of its input by, as
+    one run on a random image of `size` shows; its input must come from a Linear that is called once.
+    """
+    suspects = {
+        m: n for n, m in model.named_modules()
+        if not list(m.children()) and [p.dim() for p in m.parameters()] == [1] and not list(m.buffers())
+    }  # fmt: skip
+    made, calls, pairs = {}, {}, {}
+
+    def after(module, inputs, output):
+        calls[module] = calls.get(module, 0) + 1
+        if type(module) is nn.Linear:
+            made[id(output)] = (module, output)
+            return
+        (vector,), (x, *_) = module.parameters(), inputs
+        if torch.is_tensor(x) and x.shape[-1:] == vector.shape and torch.equal(output, x * vector):
+            pairs[module] = made.get(id(x), (None,))[0]
+
+    linears = [m for m in model.modules() if type(m) is nn.Linear]
+    hooks = [module.register_forward_hook(after) for module in (*linears, *suspects)]
+    model(torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters())))
+    for hook in hooks:
+        hook.remove()
+    folded = [m for m, linear in pairs.items() if linear is not None and calls[m] == calls[linear] == 1]
+    for module in folded:
+        linear, (vector,) = pairs[module], module.parameters()
+        linear.weight *= vector[:, None]
+        if linear.bias is not None:
+            linear.bias *= vector
+        model.set_submodule(suspects[module], nn.Identity())
+    return [suspects[module] for module in folded]
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 

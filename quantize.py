@@ -49,7 +49,7 @@ import datasets
 import evaluate
 import models
 import train
-from models import ModelError, fold_batchnorm
+from models import ModelError, fold_batchnorm, fold_layer_scale
 
 # ---- primitives -----------------------------------------------------------------------------------------------------
 
@@ -360,6 +360,7 @@ class Lazy:
 
     __slots__ = ("__weakref__", "half", "index", "make", "parents", "pending", "point", "shape", "stored")
     made = itertools.count()
+    log = None  # a Tracer's list while one watches
 
     def __init__(self, make, shape, *, pending=None, parents=(), half=None):
         self.make, self.shape, self.pending, self.parents, self.half = make, torch.Size(shape), pending, parents, half
@@ -370,6 +371,8 @@ class Lazy:
         return cls(lambda what: layer.compute(x, post, what), shape, pending=(layer, x, post), half=layer.half)
 
     def read(self, what=None):
+        if Lazy.log is not None:
+            Lazy.log.append(self)
         if isinstance(what, Point):
             if self.point is not what:
                 quantized = self.make(what) if self.stored is None else what.quantize(self.read())
@@ -457,8 +460,8 @@ def _add(a, b, *, alpha=1):
     main = max(lazy, key=lambda x: x.index)
     other = b if main is a else a
     layer, inputs, post = main.pending
-    if layer.tracer is not None:
-        layer.tracer.adds.append(other)
+    if layer.tracer is not None and layer.adds_bytes:
+        layer.tracer.adds.append((layer, other))
     return Lazy.of(layer, inputs, post._replace(other=other), main.shape)
 
 
@@ -602,6 +605,7 @@ class QuantLayer(nn.Module):
     """
 
     axis = 0  # of the weight's outputs
+    adds_bytes = False  # whether its kernel is better given an addend in bytes
 
     def __init__(self, layer, *, bits=8, group_size=0):
         super().__init__()
@@ -613,7 +617,7 @@ class QuantLayer(nn.Module):
         self.reset_scale()
         self.mode, self.theta, self.half = "float", None, None
         self.tracer, self.gap, self.packed = None, None, None
-        self.points, self.plan = (None, None), [None, None]  # of the input; of the output where it is an addend
+        self.points, self.overwrites = (None, None), False  # of the input; of the output where it is an addend
 
     def __getstate__(self):
         return self.__dict__ | {"packed": None}  # the kernels' own layout cannot be copied
@@ -703,7 +707,10 @@ class QuantLayer(nn.Module):
         if x.dtype == torch.uint8:
             return self.run(x, post, what)
         y = self.simulate(x)
-        y = y if post.other is None else y + read(post.other)
+        if post.other is not None:
+            if self.tracer is not None:
+                self.tracer.log.append((self, post.other))
+            y = y + read(post.other)
         y = ACTIVATIONS[post.attr](y, *post.args)
         return read(y, what)
 
@@ -716,12 +723,23 @@ class QuantLayer(nn.Module):
             return self.kernel(x, scale, zero_point, dtype, post)
         of_bytes = isinstance(other, Lazy) and other.point is not None
         if dtype == torch.uint8 and of_bytes:
-            return self.kernel_add(x, other.stored, *other.point.numbers, scale, zero_point, dtype, post)
+            addend, numbers = other.stored, other.point.numbers
+            if self.overwrites:
+                other.stored, other.point, other.make = None, None, _overwritten
+            else:
+                addend = addend.clone()
+            return self.kernel_add(x, addend, *numbers, scale, zero_point, dtype, post)
         y = self.kernel_add(x, read(other), 1.0, 0, 1.0, 0, torch.float32, post)
         return to_bytes(y, scale, zero_point) if dtype == torch.uint8 else y.to(dtype)
 
 
+def _overwritten(_what):
+    raise RuntimeError("an output of a quantized layer is read after the sum that took its place")
+
+
 class QuantConv2d(QuantLayer):
+    adds_bytes = True
+
     def __init__(self, layer, **options):
         super().__init__(layer, **options)
         self.in_channels, self.out_channels, self.kernel_size = layer.in_channels, layer.out_channels, layer.kernel_size
@@ -778,8 +796,9 @@ class QuantConv2d(QuantLayer):
 
     def kernel_add(self, x, other, other_scale, other_zero_point, scale, zero_point, dtype, post):
         weight, zeros, places = self.packs(x)
-        other = other.clone(memory_format=torch.channels_last)  # the kernel may write into it
-        return torch.ops.onednn.qconv2d_pointwise.binary(
+        other = other.contiguous(memory_format=torch.channels_last)
+        other = other.clone() if other.is_floating_point() else other
+        return torch.ops.onednn.qconv2d_pointwise.binary(  # which writes into `other`
             x, *self.points[0].numbers, weight, self.weight_scale, zeros, other, self.bias, *places,
             scale, zero_point, dtype, other_scale, other_zero_point, "sum", 1.0, post.attr, list(post.args), "",
         )  # fmt: skip
@@ -865,7 +884,7 @@ class Tracer:
     """What a run of the network shows: who reads which tensor."""
 
     def __init__(self):
-        self.reads, self.adds = [], []  # (layer, what it read), and addends
+        self.reads, self.adds, self.log = [], [], []  # (layer, what it read), (layer, addend), all that was read
 
     def groups(self):
         """Sets of tensors that must be quantized alike, as their bytes are handed on -> {id: a number of its set}."""
@@ -883,12 +902,33 @@ class Tracer:
                     parent[find(id(y))] = find(id(x))
                     join(y)
 
-        for x in [x for _, x in self.reads] + self.adds:
+        for _, x in self.reads + self.adds:
             join(x)
         first = {}
         for layer, x in self.reads:  # a layer that is called twice has one point
             parent[find(id(x))] = find(id(first.setdefault(layer, x)))
         return {x: find(x) for x in parent}
+
+    def last_readers(self):
+        """Layers whose kernel is the last to read the addend that it is given, and may write the sum in its place."""
+        last, sums = {}, []
+
+        def note(x, number):
+            last[id(x)] = number
+            for y in x.parents:  # who reads a view of it reads it, too
+                if isinstance(y, Lazy):
+                    note(y, number)
+
+        for number, x in enumerate(self.log):
+            if isinstance(x, Lazy):
+                note(x, number)
+            else:
+                sums.append((*x, number))
+        # a layer notes its sum just before it reads the addend
+        layers = {layer: True for layer, _, _ in sums}
+        for layer, other, number in sums:
+            layers[layer] &= isinstance(other, Lazy) and last.get(id(other)) == number + 1
+        return {layer for layer, alone in layers.items() if alone}
 
 
 def quant_layers(model):
@@ -922,7 +962,7 @@ def prepare(model, images, *, activations=True, skip=(), **options):
     if not layers:
         raise ModelError("no layer of this network can be quantized")
     called = {name: layer for name, layer in layers.items() if name not in weights_only}
-    plan = dict.fromkeys(layers, (None, None)) | (trace(model, images, called) if activations else {})
+    plan = dict.fromkeys(layers, (None, None, False)) | (trace(model, images, called) if activations else {})
     connect(model, plan)
     macs = {name: macs.get(layer, 0) for name, layer in candidates.items()}
     return Prepared(plan, removed, left, weights_only if activations else {}, macs)
@@ -940,10 +980,11 @@ class Prepared(NamedTuple):
 
 
 def simplify(model):
-    """Fold BatchNorm and take out dropout, in place -> names of what went; norms that stay are put into eval mode."""
+    """Fold BatchNorm and layer scales, drop dropout, in place -> names of what went; norms that stay do not learn."""
     before = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     fold_batchnorm(model.eval())
     removed = [name for name in before if type(model.get_submodule(name)) is nn.Identity]
+    removed += fold_layer_scale(model)
     dropouts = [n for n, m in model.named_modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))]
     remove(model, dropouts)
     return removed + dropouts
@@ -972,31 +1013,40 @@ def run_hooked(model, images, layers):
 
 
 def trace(model, images, layers):
-    """Who reads what: {name: [number of the input's point, of the output's or None]}."""
+    """Who reads what: {name: see connect()}."""
     tracer = Tracer()
     for layer in layers.values():
         layer.tracer = tracer
-    model(images)
-    groups, numbers = tracer.groups(), {}
-    plan = {layer: [None, None] for layer in layers.values()}
+    Lazy.log = tracer.log
+    try:
+        read(model(images))
+    finally:
+        Lazy.log = None
+        for layer in layers.values():
+            layer.tracer = None
+    groups, numbers, overwriting = tracer.groups(), {}, tracer.last_readers()
+    plan = {layer: [None, None, layer in overwriting] for layer in layers.values()}
     for layer, x in tracer.reads:
         plan[layer][0] = numbers.setdefault(groups[id(x)], len(numbers))
-    for x in tracer.adds:
+    for _, x in tracer.adds:
         if isinstance(x, Lazy) and x.pending is not None:
             plan[x.pending[0]][1] = numbers.setdefault(groups[id(x)], len(numbers))
-    for layer in layers.values():
-        layer.tracer = None
     return {name: plan[layer] for name, layer in layers.items()}
 
 
 def connect(model, plan, kind=Point):
-    """Give a network its points, and each layer its own. plan: {name: numbers of the input's and the output's}."""
-    count = 1 + max((i for pair in plan.values() for i in pair if i is not None), default=-1)
+    """Give a network its points, and each layer its own.
+
+    plan: {name: [number of the input's point, of the output's where it is an addend, whether the layer's kernel may
+    write a sum in the place of the addend]}.
+    """
+    count = 1 + max((i for row in plan.values() for i in row[:2] if i is not None), default=-1)
     model.points = nn.ModuleList(kind() for _ in range(count))
-    for name, pair in plan.items():
+    for name, (own, addend, overwrites) in plan.items():
         layer = model.get_submodule(name)
-        layer.plan = [None if kind is DynamicPoint and n else i for n, i in enumerate(pair)]
-        layer.points = tuple(None if i is None else model.points[i] for i in layer.plan)
+        numbers = (own, None if kind is DynamicPoint else addend)
+        layer.points = tuple(None if i is None else model.points[i] for i in numbers)
+        layer.overwrites = overwrites
 
 
 def set_mode(model, mode, names=None):
@@ -1025,9 +1075,9 @@ def calibrate(model, batches, *, observer="minmax"):
     set_mode(model, "fake")
 
 
-def make_dynamic(model):
-    """Give a prepared network points that take the ranges of activations at run time."""
-    connect(model, {name: layer.plan for name, layer in quant_layers(model).items()}, DynamicPoint)
+def make_dynamic(model, plan):
+    """Give a prepared network points that take the ranges of activations at run time. plan: that of prepare()."""
+    connect(model, plan, DynamicPoint)
     set_mode(model, "fake")
 
 
@@ -1398,7 +1448,7 @@ def quantize_network(float_model, images, args, score, miou, out):
         done = prepare(model, images[0], activations=activations, skip=skip, bits=args.bits, group_size=args.group_size)
         set_mode(model, "fake")
         if args.method == "dynamic":
-            make_dynamic(model)
+            make_dynamic(model, done.plan)
         elif activations:
             calibrate(model, images, observer=args.observer)
             if args.correct_bias:

@@ -12,7 +12,7 @@ from torch import nn
 import datasets
 import quantize
 from models import ModelError, build_model
-from quantize import Observer, Point, choose_qparams, dequantize, fake_quantize, quant_layers
+from quantize import Lazy, Observer, Point, choose_qparams, dequantize, fake_quantize, quant_layers
 
 INFO = datasets.open_dataset("synthetic", "val", length=1, size=(40, 56)).info
 KERNELS = pytest.mark.skipif(not quantize.kernels(), reason="this CPU has no int8 kernels")
@@ -70,7 +70,7 @@ class Mixed(nn.Module):
         y = torch.relu_(y)
         z = F.max_pool2d(y, 3, 2, 1)
         z = F.relu6(self.deep(z)) + self.shortcut(z)
-        n, c, h, w = z.shape
+        h, w = z.shape[-2:]
         t = z.flatten(2).transpose(1, 2)
         q, k, v = self.qkv(self.norm(t)).chunk(3, -1)
         t = t + self.out(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
@@ -141,7 +141,8 @@ def test_the_gradient_of_a_learned_step_is_that_of_lsq():
 def test_four_bit_numbers_come_back_from_their_halves_of_a_byte(count):
     q = torch.randint(-8, 8, (count,), dtype=torch.int8)
     packed = quantize.pack4(q)
-    assert packed.dtype == torch.uint8 and len(packed) == (count + 1) // 2
+    assert packed.dtype == torch.uint8
+    assert len(packed) == (count + 1) // 2
     assert torch.equal(quantize.unpack4(packed, count), q)
 
 
@@ -197,7 +198,8 @@ def test_mse_range_is_about_the_best_of_all_by_brute_force(seed):
 def test_entropy_cuts_off_what_is_far_out_and_keeps_the_bulk():
     x = torch.cat([torch.randn(100_000).abs(), torch.tensor([50.0])])
     low, high = observe("entropy", x)
-    assert low == 0 and 2.5 < high < 15
+    assert low == 0
+    assert 2.5 < high < 15
 
 
 @pytest.mark.parametrize("method", quantize.OBSERVERS)
@@ -208,10 +210,8 @@ def test_observers_of_nothing_and_of_zeros(method):
         Observer("minmax").see(torch.tensor([math.nan, 1.0])) or observe("minmax", torch.tensor([math.inf]))
     low, high = observe(method, torch.zeros(10))
     scale, zero_point = choose_qparams(low, high)
-    assert (
-        math.isfinite(scale)
-        and dequantize(quantize.quantize(torch.zeros(1), scale, zero_point), scale, zero_point) == 0
-    )
+    assert math.isfinite(scale)
+    assert dequantize(quantize.quantize(torch.zeros(1), scale, zero_point), scale, zero_point) == 0
 
 
 # ---- lazy tensors ---------------------------------------------------------------------------------------------------
@@ -302,11 +302,14 @@ def compare_each_layer(model, x, monkeypatch):
     steps, floats, compute = [0], [0.0], quantize.QuantLayer.compute
 
     def both(layer, q, post, what):
+        if isinstance(post.other, Lazy) and post.other.pending and (point := post.other.pending[0].points[1]):
+            post.other.read(point)  # as compute() does; afterwards the kernel may have written over it
+        other = None if post.other is None else quantize.read(post.other).clone()
         found = compute(layer, q, post, what)
         if q.dtype != torch.uint8:
             return found
         expected = layer.simulate(layer.points[0].dequantize(q))
-        expected = expected if post.other is None else expected + quantize.read(post.other)
+        expected = expected if other is None else expected + other
         expected = quantize.ACTIVATIONS[post.attr](expected, *post.args)
         if isinstance(what, Point):
             bytes_ = quantize.quantize(expected, what.scale, what.zero_point)
@@ -350,7 +353,8 @@ def test_every_network(build, monkeypatch):
         for size in ((65, 97), (48, 40)):
             kernels, steps, floats = compare_each_layer(converted, images(*size, count=2), monkeypatch)
             assert kernels >= len(layers) - len(done.weights_only)
-            assert steps <= 1 and floats <= 1
+            assert steps <= 1
+            assert floats <= 1
         found = quantize.read(converted(x))
         assert (found - fake).norm() < 0.25 * expected.norm()  # a step here and there, through a whole network
     assert quantize.read(converted(images(33, 70))).shape == (1, 5, 33, 70) if build else True
