@@ -43,6 +43,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import datasets
@@ -155,7 +156,8 @@ class Point(nn.Module):
         super().__init__()
         self.register_buffer("scale", torch.tensor(1.0))
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
-        self.theta, self.observer, self.moving = None, None, 0.0
+        self.register_parameter("theta", None)
+        self.observer, self.moving = None, 0.0
         self.int8, self.numbers, self.last = False, None, (lambda: None, None)  # numbers: what the kernels want
 
     def set_range(self, low, high):
@@ -609,13 +611,14 @@ class QuantLayer(nn.Module):
 
     def __init__(self, layer, *, bits=8, group_size=0):
         super().__init__()
-        self.values, self.bias = layer.weight, layer.bias
+        for name, value in (("values", layer.weight), ("bias", layer.bias), ("theta", None)):
+            self.register_parameter(name, value)  # in one order, whether or not there is one, for the optimizer's state
         self.bits, self.group_size, self.shape = bits, group_size, tuple(layer.weight.shape)
         self.limit = 2 ** (bits - 1) - 1
         self.register_buffer("weight_q", None)
         self.register_buffer("weight_scale", None)
         self.reset_scale()
-        self.mode, self.theta, self.half = "float", None, None
+        self.mode, self.half = "float", None
         self.tracer, self.gap, self.packed = None, None, None
         self.points, self.overwrites = (None, None), False  # of the input; of the output where it is an addend
 
@@ -1118,6 +1121,8 @@ def rebuild(model, entry, state):
         return torch.empty_like(state[key], device="meta")
 
     remove(model, entry["removed"])
+    for name in entry["relu6"]:
+        model.set_submodule(name, nn.ReLU())
     for name in entry["plan"]:
         layer = model.get_submodule(name)
         layer = KINDS[type(layer)](layer, bits=entry["bits"], group_size=entry["group_size"])
@@ -1231,6 +1236,226 @@ def correct_bias(model, batches):
             layer.bias = nn.Parameter(gap if layer.bias is None else layer.bias + gap)
 
 
+class Calls(TorchFunctionMode):
+    """While active, records which functions of torch are called, and which of them read what another returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.makers, self.calls = {}, {}  # {id of a tensor: (the tensor, its call)}, {id of a call: (it, its readers)}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        call = (function, args, kwargs or {})
+        read_from = {id(maker): maker for t in _tensors(call[1:]) if (maker := self.maker(t)) is not None}
+        out = function(*args, **call[2])
+        made = _tensors(out)
+        if made:  # not a look at the shape alone
+            self.calls[id(call)] = (call, [])
+            for maker in read_from.values():
+                self.readers(maker).append(call)
+            self.makers |= {id(t): (t, call) for t in made}
+        return out
+
+    def maker(self, tensor):
+        """The last call that returned this tensor, in place or not, or None."""
+        return self.makers.get(id(tensor), (None, None))[1]
+
+    def readers(self, call):
+        """The calls that read what this one returned."""
+        return self.calls[id(call)][1]
+
+
+def _tensors(value):
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in _tensors(v)]
+    return [value] if torch.is_tensor(value) else []
+
+
+def replace_relu6(model):
+    """Replace, in place, each ReLU6 by a ReLU, past which equalize() can scale channels -> their names.
+
+    (Nagel et al. 2019, section 5.1.1.) It changes what the network computes wherever a value exceeds 6.
+    """
+    clips = [
+        name
+        for name, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, nn.Hardtanh) and (m.min_val, m.max_val) == (0, 6)
+    ]
+    for name in clips:
+        model.set_submodule(name, nn.ReLU())
+    return clips
+
+
+@torch.no_grad()
+def equalize(model, batches, *, rounds=50):
+    """Cross-layer equalization (Nagel et al. 2019, section 4.1): convolutions in a row get weights of like ranges.
+
+    Where one convolution alone reads another's output, directly or past ReLU and max pooling, output channel i of the
+    first is divided, and input channel i of the second multiplied, by s = sqrt(r1 * r2) / r2, r1 and r2 the largest
+    magnitudes of their weights for that channel. Both then are sqrt(r1 * r2), and the network's function is the same.
+    The second has one group or is depthwise. Rows of more than two are balanced pair by pair until nothing changes by
+    more than a thousandth. Expects BatchNorm to be folded. Returns [(name of the first, name of the second)].
+    """
+    pairs, expected = {}, model(batches[0])
+    for first, second in consecutive_convs(model, batches[0]):
+        before = first.weight.clone(), None if first.bias is None else first.bias.clone(), second.weight.clone()
+        balance(first, second)
+        if (model(batches[0]) - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max()):
+            pairs[first] = second
+            continue
+        for t, old in zip((first.weight, first.bias, second.weight), before, strict=True):  # used in other ways, too
+            if old is not None:
+                t.copy_(old)
+    for _ in range(rounds):
+        if max((balance(*pair) for pair in pairs.items()), default=1.0) < 1.001:
+            break
+    names = {m: name for name, m in model.named_modules()}
+    return [(names[first], names[second]) for first, second in pairs.items()]
+
+
+def consecutive_convs(model, images):
+    """Pairs of nn.Conv2d, each called once in a run on `images`, of which the second alone reads the first's output
+    past functions that commute with a positive factor on each channel."""
+    convs = {id(m.weight): m for m in model.modules() if type(m) is nn.Conv2d}
+    with Calls() as calls:
+        model(images)
+    made = {}  # {convolution: its calls}
+    for call, _ in calls.calls.values():
+        if call[0] is F.conv2d and id(call[1][1]) in convs:
+            made.setdefault(convs[id(call[1][1])], []).append(call)
+    once = {id(each[0]): conv for conv, each in made.items() if len(each) == 1}
+    pairs = []
+    for start, first in once.items():
+        readers = calls.readers(calls.calls[start][0])
+        while len(readers) == 1 and readers[0][0] in SCALE_EQUIVARIANT:
+            readers = calls.readers(readers[0])
+        second = once.get(id(readers[0])) if len(readers) == 1 else None
+        if second and (second.groups == 1 or second.groups == second.in_channels == second.out_channels):
+            pairs.append((first, second))
+    return pairs
+
+
+SCALE_EQUIVARIANT = {F.relu, torch.relu, torch.Tensor.relu, *IN_PLACE, F.max_pool2d, torch.max_pool2d}
+
+
+def balance(first, second):
+    """Equalize two convolutions in a row, in place -> the largest factor on a channel, or its inverse."""
+    depthwise = second.groups > 1
+    r1 = first.weight.abs().flatten(1).amax(1)
+    r2 = second.weight.abs().transpose(0, int(not depthwise)).flatten(1).amax(1)
+    s = torch.where((r1 > 0) & (r2 > 0), (r1 * r2).sqrt() / r2, 1.0)
+    first.weight /= s.view(-1, 1, 1, 1)
+    if first.bias is not None:
+        first.bias /= s
+    second.weight *= s.view(-1, 1, 1, 1) if depthwise else s.view(1, -1, 1, 1)
+    return torch.maximum(s, 1 / s).max().item()
+
+
+@torch.no_grad()
+def adaround(model, batches, *, steps, places=2048):
+    """AdaRound (Nagel et al. 2020, sections 3 and 4): learn which weights of a simulated network to round up or down.
+
+    In one run, each layer as it is called: of the outputs that the float network has there, `places` are sampled, and
+    the rounding is learned with which they come out best from the quantized network's inputs (asymmetric
+    reconstruction, section 3.4; without the activation). The weights become exact multiples of their scales. A layer
+    that is called twice learns from the first call. batches: all in one, cropped to the smallest.
+    """
+    layers = quant_layers(model)
+    height, width = (min(images.shape[d] for images in batches) for d in (2, 3))
+    images = torch.cat([images[..., :height, :width] for images in batches])
+    targets, progress = {}, tqdm(total=len(layers), desc="adaround", leave=False)
+
+    def see(layer, args):
+        if layer not in targets:
+            targets[layer] = sampled_inputs(layer, read(args[0]), places) @ as_matrix(layer, layer.values).mT
+
+    def learn(layer, args):
+        if targets[layer] is not None:
+            x = read(args[0], layer.points[0])
+            learn_rounding(layer, sampled_inputs(layer, x, places), targets[layer], steps=steps)
+            targets[layer] = None
+            progress.update()
+
+    for mode, hook in (("float", see), ("fake", learn)):
+        set_mode(model, mode)
+        handles = [layer.register_forward_pre_hook(hook) for layer in layers.values()]
+        model(images)
+        for handle in handles:
+            handle.remove()
+    progress.close()
+
+
+def sampled_inputs(layer, x, count):
+    """What a layer multiplies its weight with at about `count` places of its output, or at all: (groups, places, inputs
+    of an output), the same places for each x of one shape. Of a transposed convolution: at places of its input."""
+    if not isinstance(layer, QuantConv2d):
+        x = x.movedim(1, -1) if isinstance(layer, QuantConvTranspose2d) else x
+        x = x.flatten(0, -2)
+        return x[_some(len(x), count)][None]
+    rows = []
+    for image in x:
+        row = F.unfold(image[None], layer.kernel_size, layer.dilation, layer.padding, layer.stride)[0]
+        rows.append(row[:, _some(row.shape[1], max(1, count // len(x)))].unflatten(0, (layer.groups, -1)).mT)
+    return torch.cat(rows, 1)
+
+
+def _some(total, count):
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count]
+
+
+def as_matrix(layer, weight):
+    """A layer's weight, or what has its shape, as (groups, outputs, inputs) for sampled_inputs(): products of a
+    transposed convolution are those before their overlaps are summed."""
+    if isinstance(layer, QuantConvTranspose2d):
+        return weight.flatten(1).mT[None]
+    return weight.flatten(1).unflatten(0, (layer.groups if isinstance(layer, QuantConv2d) else 1, -1))
+
+
+def from_matrix(layer, matrix):
+    """as_matrix() undone."""
+    return (matrix[0].mT if isinstance(layer, QuantConvTranspose2d) else matrix).reshape(layer.shape)
+
+
+def learn_rounding(layer, x, target, *, steps, batch_size=256, lr=0.01, strength=0.01, stretch=(-0.1, 1.1)):
+    """Set a layer's weight to the multiples of its scale, each the next below or above, that bring the product with x
+    (groups, places, inputs) closest to `target` (groups, places, outputs) in the squared sum.
+
+    h = clip(sigmoid(v) * (zeta - gamma) + gamma, 0, 1) of each weight moves from its fraction to 0 or 1 under the
+    regularizer 1 - |2h - 1|^beta, beta from 20 to 2, after a fifth of the steps without it. Errors are in units of what
+    the rounding of one weight changes, which makes `strength` the same for every layer. An output for which rounding to
+    nearest turns out better keeps that.
+    """
+    (gamma, zeta), limits = stretch, (-layer.limit, layer.limit)
+    rows = group_rows(layer.values, layer.group_size, layer.axis)
+    scale = layer.ungroup(layer.weight_scale.view(len(rows), -1, 1).expand_as(rows))  # one for each weight
+    scale, weight = as_matrix(layer, scale), as_matrix(layer, layer.values / scale)
+    floor, nearest = weight.floor().clamp(*limits), weight.round().clamp(*limits)
+    v = torch.logit(((weight - floor).clamp(0, 1) - gamma) / (zeta - gamma)).requires_grad_()
+    unit = scale.amax(2).unsqueeze(1) * x.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-8)
+    optimizer = torch.optim.Adam([v], lr=lr, fused=True)
+
+    def error(q, x, target):
+        """Squared error of each output, (groups, outputs), with weights q * scale."""
+        return ((x @ (q * scale).mT - target) / unit).square().mean(1)
+
+    for step in range(steps):
+        some = torch.randint(x.shape[1], (batch_size,))
+        with torch.enable_grad():
+            h = (v.sigmoid() * (zeta - gamma) + gamma).clamp(0, 1)
+            loss = error((floor + h).clamp(*limits), x[:, some], target[:, some]).sum()
+            progress = (step / steps - 0.2) / 0.8
+            if progress > 0:
+                loss = loss + strength * (1 - (2 * h - 1).abs().pow(20 - 18 * progress)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+    learned = (floor + (v > 0)).clamp(*limits)  # h > 1/2
+    better = error(learned, x, target) < error(nearest, x, target)
+    layer.values.copy_(from_matrix(layer, torch.where(better.unsqueeze(2), learned, nearest) * scale))
+
+
 @torch.no_grad()
 def sensitivity(model, batches):
     """How much each layer alone, quantized in an otherwise float network, changes the logits: {name: share}, worst
@@ -1321,6 +1546,9 @@ def make_parser():
     add("--calib-images", type=datasets.positive_int, default=32, metavar="N", help="of the training split")
     add("--smooth", action=yes_no, default=True, help="SmoothQuant, where a LayerNorm feeds Linear layers")
     add("--correct-bias", action=yes_no, default=True, help="make up for what quantization does to means")
+    add("--equalize", choices=("off", "relu", "relu6"), default="off",
+        help="balance the weights of convolutions in a row; relu6: each ReLU6 becomes a ReLU for that")  # fmt: skip
+    add("--adaround", type=int, default=0, metavar="STEPS", help="ptq, weight-only: learn to round, in STEPS a layer")
     add("--bits", type=int, choices=(8, 4), default=8, help="weight-only: of a weight")
     add("--group-size", type=int, default=0, metavar="N", help="weight-only: inputs that share a scale; 0: an output's")
     add("--skip", nargs="+", default=[], metavar="LAYER", help="layers to leave in float")
@@ -1350,6 +1578,9 @@ def parse_args(argv):
     args.out = out
     if args.method != "weight-only" and (args.bits != 8 or args.group_size):
         raise ModelError("--bits 4 and --group-size are of --method weight-only: the int8 kernels take neither")
+    if args.adaround < 0 or (args.adaround and args.method not in ("ptq", "weight-only")):
+        raise ModelError("--adaround takes a number of steps, and is of --method ptq and weight-only: "
+                         "dynamic has no calibration, and qat moves the weights on")  # fmt: skip
     return args
 
 
@@ -1435,12 +1666,16 @@ def calibration_images(args, device):
 
 def quantize_network(float_model, images, args, score, miou, out):
     """Copy the network and quantize the copy, simulated -> (network, its entry of the checkpoint's `compression`)."""
-    source, alphas = copy.deepcopy(float_model), {}
-    activations = args.method != "weight-only"
-    if args.smooth and args.method in ("ptq", "qat"):
+    source, alphas, relu6, equalized = copy.deepcopy(float_model), {}, [], []
+    activations, calibrated = args.method != "weight-only", args.method in ("ptq", "qat")
+    removed = simplify(source)
+    if calibrated and args.equalize != "off":
+        relu6 = replace_relu6(source) if args.equalize == "relu6" else []
+        equalized = equalize(source, images[:1])
+    if calibrated and args.smooth:
         alphas = smooth(source, images[:8])
 
-    def attempt(skip):
+    def attempt(skip, steps=0):
         model = copy.deepcopy(source)
         unknown = set(skip) - {name for name, m in model.named_modules() if type(m) in KINDS}
         if unknown:
@@ -1451,13 +1686,15 @@ def quantize_network(float_model, images, args, score, miou, out):
             make_dynamic(model, done.plan)
         elif activations:
             calibrate(model, images, observer=args.observer)
-            if args.correct_bias:
-                correct_bias(model, images)
-        return model, done
+        if steps:
+            adaround(model, images[:16], steps=steps)
+        if calibrated and args.correct_bias:
+            correct_bias(model, images)
+        return model, done._replace(removed=removed + done.removed)
 
-    skip = list(args.skip)
-    model, done = attempt(skip)
-    if args.method in ("ptq", "qat") and (args.sensitivity or args.max_drop is not None):
+    skip, search = list(args.skip), calibrated and (args.sensitivity or args.max_drop is not None)
+    model, done = attempt(skip, 0 if search else args.adaround)
+    if search:
         ranking = sensitivity(model, images[:8])
         write_sensitivity(ranking, out)
         if args.max_drop is not None:
@@ -1468,12 +1705,15 @@ def quantize_network(float_model, images, args, score, miou, out):
                 drop = miou - score(attempt(skip)[0])["miou"]
                 tqdm.write(f"{count} of {len(ranking)} layers in float: {drop:.2f} points lost")
                 fewest, most = (fewest, count) if drop <= args.max_drop else (count + 1, most)
+            if most == len(ranking):
+                raise ModelError(f"--max-drop {args.max_drop}: no layer can be quantized within that many points")
             skip = [*args.skip, *list(ranking)[:most]]
-            model, done = attempt(skip)
+        if args.max_drop is not None or args.adaround:
+            model, done = attempt(skip, args.adaround)  # once, as it takes minutes
     return model, {
         "step": "quantize", "method": args.method, "bits": args.bits, "group_size": args.group_size,
-        "attention": args.attention, "observer": args.observer if args.method in ("ptq", "qat") else None,
-        "smoothed": alphas, **done._asdict(),
+        "attention": args.attention, "observer": args.observer if calibrated else None,
+        "smoothed": alphas, "equalized": equalized, "relu6": relu6, "adaround": args.adaround, **done._asdict(),
     }  # fmt: skip
 
 

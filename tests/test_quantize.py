@@ -1,6 +1,8 @@
 """Quantization: the arithmetic against torch's own, every network simulated and converted, what the command leaves."""
 
 import copy
+import csv
+import json
 import math
 
 import numpy as np
@@ -10,8 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import datasets
+import evaluate
+import models
 import quantize
-from models import ModelError, build_model
+from models import ModelError, build_model, load_checkpoint, read_checkpoint, save_checkpoint
 from quantize import Lazy, Observer, Point, choose_qparams, dequantize, fake_quantize, quant_layers
 
 INFO = datasets.open_dataset("synthetic", "val", length=1, size=(40, 56)).info
@@ -378,3 +382,153 @@ def test_activations_stay_bytes_from_layer_to_layer(monkeypatch):
         monkeypatch.setattr(owner, name, counted)
     quantize.read(model(images(64, 64)))
     assert seen == {"to_bytes": 1, "dequantize": 0}
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+TINY = ["--size", "40", "56", "--crop", "40", "56", "--batch-size", "2", "--workers", "0", "--calib-images", "3"]
+
+
+@pytest.fixture
+def float_checkpoint(tmp_path):
+    """A checkpoint of train.py's kind, of a network with norms, a residual and attention, on few drawn scenes."""
+
+    def write(**build):
+        torch.manual_seed(0)
+        model = build_model(num_classes=len(INFO.classes), **(build or dict(backbone="dinov2-tiny", head="fpn"))).eval()
+        path = tmp_path / "float.pt"
+        args = {"dataset": "synthetic", "size": [40, 56], "crop": [40, 56], "batch_size": 2, "workers": 0, "loss": "ce"}
+        save_checkpoint(
+            path, model, data=INFO.to_dict(), pretrained="no", command="train.py", args=args, metrics={"miou": 1.0}
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch):
+    """Three drawn scenes a split, so that whole epochs fit into a test."""
+    real = datasets.open_dataset
+    monkeypatch.setattr(datasets, "open_dataset", lambda name, split, **k: real(name, split, **{"length": 4, **k}))
+
+
+def run(path, out, *flags):
+    return quantize.main(["--weights", str(path), "--out", str(out), "--dry-run", *TINY, *flags])
+
+
+@pytest.mark.parametrize("method", ["ptq", "qat", "dynamic", "weight-only"])
+def test_each_method_leaves_a_checkpoint_that_computes_what_was_scored(method, float_checkpoint, tmp_path):
+    path = float_checkpoint()
+    done = run(path, tmp_path / method, "--method", method)
+    assert json.loads((tmp_path / method / "results.json").read_text())["miou"] == done["miou"]
+    saved = read_checkpoint(tmp_path / method / "best.pt")
+    entry = saved["compression"][-1]
+    assert (entry["step"], entry["method"], entry["state"]) == ("quantize", method, "int8")
+    assert saved["lineage"][-1]["id"] == read_checkpoint(path)["id"]
+    quantized = [key for key in saved["state_dict"] if key.endswith("weight_q")]
+    assert len(quantized) == len(entry["plan"])
+    assert all(saved["state_dict"][key].dtype == torch.int8 for key in quantized)
+    assert not [key for key in saved["state_dict"] if key.endswith("values")]
+    model, _ = load_checkpoint(tmp_path / method / "best.pt")
+    dataset = datasets.open_dataset("synthetic", "val", size=(40, 56), length=2)
+    metrics = evaluate.evaluate(
+        model, datasets.eval_loader(dataset), num_classes=len(INFO.classes), ignore_index=INFO.ignore_index,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert metrics["miou"] == pytest.approx(done["miou"], abs=1e-9)
+    assert models.count_params(model)[0] == pytest.approx(done["before"]["params"], rel=0.02)  # the norms are folded
+    assert done["layers"] == len(entry["macs"]) + len(entry["left"])
+    assert done["int8_layers"] == (0 if method == "weight-only" else len(entry["plan"]) - len(entry["weights_only"]))
+    assert done["quantized_params_percent"] > 50
+    if method in ("ptq", "qat"):
+        assert abs(done["miou"] - done["miou_fake_quantized"]) < 2
+        assert done["quantized_macs_percent"] > 50
+    again = evaluate.main(["--weights", str(tmp_path / method / "best.pt"), "--dry-run", "--out", str(tmp_path / "e")])
+    assert again["miou"] == pytest.approx(done["miou"], abs=1e-9)
+
+
+@pytest.mark.parametrize(("bits", "group", "ratio"), [(8, 0, 0.30), (8, 16, 0.45), (4, 0, 0.18), (4, 32, 0.30)])
+def test_weights_alone_are_that_much_smaller_and_that_close(bits, group, ratio, float_checkpoint, tmp_path):
+    path = float_checkpoint(backbone="resnet18", head="fcn")
+    done = run(path, tmp_path / "w", "--method", "weight-only", "--bits", str(bits), "--group-size", str(group))
+    assert done["file_mb"] < ratio * done["before"]["file_mb"]
+    model, before = load_checkpoint(tmp_path / "w" / "best.pt")[0], load_checkpoint(path)[0]
+    quantize.simplify(before)
+    for name, layer in quant_layers(model).items():
+        weight = before.get_submodule(name).weight
+        groups = quantize.group_rows(weight.detach(), group, layer.axis)
+        step = groups.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
+        off = quantize.group_rows((layer.weight - weight).detach(), group, layer.axis).abs()
+        assert (off <= step / 2 * 1.001 + 1e-8).all()
+
+
+@pytest.mark.parametrize("steps", ["learned", "frozen"])
+def test_qat_of_n_steps_and_n_more_is_qat_of_2n(steps, float_checkpoint, tmp_path, monkeypatch):
+    path = float_checkpoint()
+    flags = ["--weights", str(path), "--method", "qat", "--steps", steps, *TINY, "--epochs", "2", "--ema", "0.9"]
+    fit, whole, parts = quantize.train.fit, tmp_path / "whole", tmp_path / "parts"
+    quantize.main([*flags, "--out", str(whole)])
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize.train, "fit", lambda *a, **k: fit(*a, **k | {"max_steps": 2}))
+        quantize.main([*flags, "--out", str(parts)])
+    assert read_checkpoint(parts / "last.pt")["training"]["step"] == 2
+    quantize.main(["--method", "qat", "--resume", "--out", str(parts)])
+    ours, theirs = (read_checkpoint(out / "last.pt")["state_dict"] for out in (parts, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    start = read_checkpoint(path)["state_dict"]
+    moved = [key for key in theirs if key.endswith("theta") and theirs[key].abs().max() > 0]
+    assert bool(moved) == (steps == "learned")
+    assert any(not torch.equal(theirs[key], start[key]) for key in start if key in theirs)
+
+
+def test_sensitivity_names_the_layer_that_suffers(float_checkpoint, tmp_path):
+    model, x = make(backbone="resnet18", head="fcn"), images(64, 64)
+    spoiled = "backbone.stages.2.0.conv1"
+    layer = model.get_submodule(spoiled)
+    with torch.no_grad():
+        layer.weight[:, 0] *= 300  # one input channel leaves the others few steps
+        model.get_submodule("backbone.stages.1.1.bn2").weight[0] /= 300
+        model.get_submodule("backbone.stages.1.1.bn2").bias[0] /= 300
+    simulated, _ = prepared(model, x)
+    shares = quantize.sensitivity(simulated, [x])
+    assert set(shares) == set(quant_layers(simulated))
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    assert spoiled in list(shares)[:2]
+    path = float_checkpoint(backbone="resnet18", head="fcn")
+    done = run(path, tmp_path / "s", "--method", "ptq", "--sensitivity")
+    with open(tmp_path / "s" / "sensitivity.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == done["int8_layers"]
+    assert (tmp_path / "s" / "sensitivity.png").stat().st_size > 5000
+
+
+def test_max_drop_leaves_in_float_what_it_takes(float_checkpoint, tmp_path):
+    path = float_checkpoint(backbone="resnet18", head="fcn")
+    all_of_them = run(path, tmp_path / "a", "--method", "ptq")["int8_layers"]
+    assert run(path, tmp_path / "b", "--method", "ptq", "--max-drop", "100")["int8_layers"] == all_of_them
+    with pytest.raises(ModelError, match="no layer can be quantized within"):
+        run(path, tmp_path / "c", "--method", "ptq", "--max-drop", "-100")  # a gain of 100 points
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bits", "4"], "weight-only"),
+        (["--method", "qat", "--group-size", "32"], "weight-only"),
+        (["--skip", "no.such.layer"], "no.such.layer"),
+        (["--method", "ptq", "--resume"], "last.pt"),
+        (["--dataset", "camvid", "--data-root", "absent"], "absent"),
+    ],
+)
+def test_what_cannot_be_is_one_line(flags, message, float_checkpoint, tmp_path):
+    path = float_checkpoint()
+    with pytest.raises((ModelError, datasets.DataError, OSError), match=message):
+        run(path, tmp_path / "out", *flags)
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(float_checkpoint, tmp_path):
+    run(float_checkpoint(backbone="resnet18", head="fcn"), tmp_path / "q", "--method", "ptq")
+    with pytest.raises(ModelError, match="is quantized already"):
+        run(tmp_path / "q" / "best.pt", tmp_path / "r", "--method", "ptq")
