@@ -7,7 +7,9 @@
 
 Input `images`: float32 (N, 3, H, W), normalised; with --raw-input uint8 (N, H, W, 3), RGB, as a decoder gives it.
 Output `logits`: float32 (N, K, H, W); with --output mask `mask`: uint8 (N, H, W) class ids (int16 from 256 classes on).
-N is free, and so are H and W without --size. metadata_props of the file: classes, palette, mean, std, ignore_index,
+N is free, and so are H and W without --size. A checkpoint of quantize.py keeps its int8 weights and its scales: the
+file has QuantizeLinear and DequantizeLinear where the network quantizes, which onnxruntime and OpenVINO make integer
+kernels of. metadata_props of the file: classes, palette, mean, std, ignore_index,
 size, all JSON, and model, dataset, checkpoint (its id), pretrained, compression.
 
 The checks: onnx.checker with shape inference; then onnxruntime against PyTorch on images of the checkpoint's data set
@@ -38,12 +40,14 @@ from torchvision.transforms.v2 import functional as TF
 import datasets
 import evaluate
 from datasets import DataError, DataInfo, positive_int
-from models import ModelError, load_checkpoint, model_name
+from models import ModelError, compression_summary, load_checkpoint, model_name, quantization
 
 OPSET = 18  # the oldest that PyTorch's exporter writes, so the most widely read
 OUTPUTS = ("logits", "mask")
 AGREEMENT = 0.999  # share of pixels whose class must be the same
 TOLERANCE = 0.01  # largest difference of logits, as a share of the largest logit
+# The same of a quantized network: a runtime sums in another order, which moves values to the next step here and there.
+QUANTIZED_AGREEMENT, QUANTIZED_TOLERANCE = 0.99, 0.25
 UNEXPORTABLE = {}  # row of BACKBONES, HEADS or NETWORKS: why it has no ONNX file
 FIXED_SIZE = dict.fromkeys(  # row: why its file takes images of one size only
     ("mask2former-swin-tiny", "mask2former-swin-small", "mask2former-swin-base"),
@@ -79,14 +83,12 @@ def class_ids(logits):
     return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 255 else torch.int16)
 
 
-def export(
-    model, path, *, size=None, opset=OPSET, raw_input=False, output="logits", metadata=None, external_data=False
-):
-    """Write `model`, which it puts into eval mode, to `path` as ONNX. Nothing is checked here: see check().
+def export(model, path, *, size=None, opset=None, raw_input=False, output="logits", metadata=None, external_data=False):
+    """Write `model`, which it puts into eval mode, to `path` as ONNX -> opset. Nothing is checked here: see check().
 
-    size: (H, W), or None for any. raw_input, output: see the top of this file; raw_input normalises with the "mean" and
-    "std" of metadata. metadata: {name: text, or what JSON can hold}. external_data: weights in a file of their own,
-    PATH.data, as they are in any case beyond 2 GB. Raises ModelError where the network or the opset cannot be exported.
+    size: (H, W), or None for any. opset: None for the oldest that will do. raw_input, output: see the top of this
+    file; raw_input normalises with the "mean" and "std" of metadata. metadata: {name: text, or what JSON can hold}.
+    external_data: weights in a file of their own, PATH.data, as they are in any case beyond 2 GB. Raises ModelError where the network or the opset cannot be exported.
     """
     import onnx
     import onnx_ir
@@ -95,14 +97,21 @@ def export(
     if output not in OUTPUTS:
         raise ModelError(f"output {output!r} is not known: choose one of {', '.join(OUTPUTS)}")
     name, metadata, newest = model_name(model.build), metadata or {}, onnx.defs.onnx_opset_version()
+    quantizer = quantization(model)
+    oldest = max(OPSET, quantizer.onnx_opset(model)) if quantizer else OPSET
+    opset = opset or oldest
     if not OPSET <= opset <= newest:
         raise ModelError(f"--opset {opset}: PyTorch's exporter writes {OPSET} and newer, up to {newest} of onnx here")
+    if opset < oldest:
+        raise ModelError(f"--opset {opset}: weights of 4 bits, or scaled in groups, are in {oldest} and newer")
+    bits = {layer.bits for layer in quantizer.quant_layers(model).values()} if quantizer else set()
     for part in (model.build.get(key) for key in ("model", "backbone", "head")):
         if part in UNEXPORTABLE:
             raise ModelError(f"{name} has no ONNX form: {UNEXPORTABLE[part]}")
         if part in FIXED_SIZE and not size:
             raise ModelError(f"{name} needs --size H W: {FIXED_SIZE[part]}")
     mean, std = metadata.get("mean", DataInfo.mean), metadata.get("std", DataInfo.std)
+    model = quantizer.onnx_form(model) if quantizer else model
     graph = Graph(model, raw_input=raw_input, output=output, mean=mean, std=std).eval()
     # The exporter takes what is equal in the example for equal always, and 1 for always 1. So: two images, and a height
     # and a width that differ, fit no stride, and give even the coarsest map more rows than an attention window has.
@@ -129,10 +138,25 @@ def export(
     (logits,) = program.model.graph.outputs
     if not size:  # the exporter names them by how they come about: Min(height, 32 * ...)
         logits.shape = onnx_ir.Shape(["batch", *logits.shape[1:-2], "height", "width"])
+    if 4 in bits:
+        pack4(program.model)
     ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine, and a lot of them
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     program.model.metadata_props.update(texts)
     program.save(path, external_data=external_data)
+    return opset
+
+
+def pack4(model):
+    """Store the weights of a graph that DequantizeLinear reads, which PyTorch holds in int8, with 4 bits each."""
+    import onnx_ir
+
+    for node in model.graph:
+        value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if value is not None and value.const_value is not None and value.dtype == onnx_ir.DataType.INT8:
+            int4 = onnx_ir.DataType.INT4
+            value.const_value = onnx_ir.Tensor(value.const_value.numpy().astype(int4.numpy()), name=value.name)
+            value.dtype = int4
 
 
 @contextlib.contextmanager
@@ -171,7 +195,7 @@ def describe(checkpoint):
         "dataset": info["name"],
         "checkpoint": checkpoint["id"],
         "pretrained": checkpoint["pretrained"],
-        "compression": checkpoint["compression"],
+        "compression": compression_summary(checkpoint["compression"]),
     }
 
 
@@ -232,6 +256,7 @@ def check(path, model, images, *, info, repeats=5):
     except Exception as error:  # both raise many kinds
         raise CheckError(f"the file is not valid ONNX: {first_words(error)}") from error
     normalise, rows, latency = v2.Compose(datasets.to_network(info)), [], {}
+    limits = dict(agreement=QUANTIZED_AGREEMENT, tolerance=QUANTIZED_TOLERANCE) if quantization(model) else {}
     for batch in images:
         normal = normalise(tv_tensors.Image(batch))
         fed = batch.permute(0, 2, 3, 1).contiguous() if onnx_network.raw_input else normal
@@ -241,7 +266,7 @@ def check(path, model, images, *, info, repeats=5):
             found = onnx_network.run(fed)
         except Exception as error:
             raise CheckError(f"onnxruntime cannot run {row['images']}: {first_words(error)}") from error
-        rows.append(row | compare(found, expected, row["images"]))
+        rows.append(row | compare(found, expected, row["images"], **limits))
         if not latency:
             runs = (lambda x=normal: model(x), lambda x=fed: onnx_network.run(x))
             latency = dict(zip(("torch", "onnxruntime"), evaluate.milliseconds(runs, repeats), strict=True))
@@ -253,20 +278,20 @@ def check(path, model, images, *, info, repeats=5):
     }
 
 
-def compare(found, expected, what):
+def compare(found, expected, what, *, agreement=AGREEMENT, tolerance=TOLERANCE):
     """Output of the file against logits of PyTorch -> the numbers of one row; CheckError where they are too far off."""
     ids, difference = found, None
     if found.dtype.is_floating_point:
         if found.shape != expected.shape:
             raise CheckError(f"{what}: onnxruntime gives {tuple(found.shape)}, PyTorch {tuple(expected.shape)}")
         ids, difference = class_ids(found), (found - expected).abs().max().item()
-        limit = TOLERANCE * max(1.0, expected.abs().max().item())
+        limit = tolerance * max(1.0, expected.abs().max().item())
         if not difference <= limit:  # so that NaN fails
             raise CheckError(f"{what}: logits differ by up to {difference:.3g}, where {limit:.3g} is allowed")
-    agreement = (ids == class_ids(expected)).float().mean().item()
-    if not agreement >= AGREEMENT:
-        raise CheckError(f"{what}: {agreement:.3%} of the pixels have the same class, {AGREEMENT:.1%} must")
-    return {"largest_difference": difference, "agreement": agreement}
+    same = (ids == class_ids(expected)).float().mean().item()
+    if not same >= agreement:
+        raise CheckError(f"{what}: {same:.3%} of the pixels have the same class, {agreement:.1%} must")
+    return {"largest_difference": difference, "agreement": same}
 
 
 def first_words(error):
@@ -346,7 +371,7 @@ def make_parser():
     add("--weights", default="checkpoints/train/best.pt", help="checkpoint to export")
     add("--out", metavar="FILE", help="ONNX file to write; left out: --weights with the suffix .onnx")
     add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="input size, pixels; left out: any")
-    add("--opset", type=positive_int, default=OPSET, help="version of the ONNX operators")
+    add("--opset", type=positive_int, help=f"version of the ONNX operators; left out: {OPSET}, or what weights need")
     add("--raw-input", action="store_true", help="uint8 N x H x W x 3 in: the file normalises")
     add("--output", choices=OUTPUTS, default="logits", help="what comes out: logits or class ids")
     add("--external-data", action="store_true", help="weights in a file beside it (beyond 2 GB always)")
@@ -384,7 +409,7 @@ def main(argv=None):
     new = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}")
     scored = bool(args.dataset or args.data_root)
     try:
-        export(
+        opset = export(
             model, new, size=args.size, opset=args.opset, raw_input=args.raw_input, output=args.output,
             metadata=describe(checkpoint), external_data=args.external_data,
         )  # fmt: skip
@@ -402,7 +427,7 @@ def main(argv=None):
         model, checkpoint, metrics, command=command, split=args.split if scored else None,
         seconds=time.perf_counter() - start, device=torch.device("cpu"), path=args.weights,
     )  # fmt: skip
-    done |= {"file": str(out), "file_mb": file_mb, "opset": args.opset, "output": args.output}
+    done |= {"file": str(out), "file_mb": file_mb, "opset": opset, "output": args.output}
     done |= {"raw_input": args.raw_input, "size": args.size, "miou_torch": miou_torch}
     done |= {"threads": torch.get_num_threads(), "latency_ms": checks.pop("latency_ms"), "checks": checks}
     if scored:

@@ -28,6 +28,7 @@ same numbers, to rounding, in float from the int8 weights.
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import functools
@@ -339,6 +340,11 @@ class Post(NamedTuple):
     args: tuple = ()
     algorithm: str = ""
 
+    @property
+    def clips(self):
+        """Whether it cuts values off at most, which quantization can do as well."""
+        return self.other is None and self.attr in ("none", "relu", "hardtanh")
+
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -501,6 +507,8 @@ def _max_pool(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=Fals
 
 def max_pool_bytes(x, kernel, stride, padding):
     """F.max_pool2d of uint8 (N, C, H, W), which PyTorch's own does not run channels_last, as maxima of slices."""
+    if torch.compiler.is_exporting():
+        return F.max_pool2d(x, kernel, stride, padding)
     for dim in (2, 3):
         k, s, p = kernel[dim - 2], stride[dim - 2], padding[dim - 2]
         if p:  # 0 is the least byte, and no window is padding alone
@@ -620,10 +628,16 @@ class QuantLayer(nn.Module):
         self.reset_scale()
         self.mode, self.half = "float", None
         self.tracer, self.gap, self.packed = None, None, None
+        self.watch, self.output_range = None, None  # see observe_outputs()
         self.points, self.overwrites = (None, None), False  # of the input; of the output where it is an addend
 
     def __getstate__(self):
         return self.__dict__ | {"packed": None}  # the kernels' own layout cannot be copied
+
+    @staticmethod
+    def has_kernel(layer):
+        """Whether there is an int8 kernel for a layer."""
+        return True
 
     def reset_scale(self):
         """The scale of the largest magnitude."""
@@ -689,7 +703,7 @@ class QuantLayer(nn.Module):
             self.see_gap(read(x), point)
         out = Lazy.of(self, read(x, point if self.mode == "fake" else None), Post(), self.output_shape(x.shape))
         # nothing to gain from waiting; and the numbers of a dynamic point hold only until its next tensor
-        return out if type(point) is Point or self.tracer is not None else out.read()
+        return out if type(point) in (Point, OnnxPoint) or self.tracer is not None else out.read()
 
     def see_gap(self, x, point):
         """How far quantization moves the mean of each output, see correct_bias()."""
@@ -710,6 +724,8 @@ class QuantLayer(nn.Module):
         if x.dtype == torch.uint8:
             return self.run(x, post, what)
         y = self.simulate(x)
+        if self.watch is not None:
+            self.watch(self, ACTIVATIONS[post.attr](y, *post.args) if post.clips else y)
         if post.other is not None:
             if self.tracer is not None:
                 self.tracer.log.append((self, post.other))
@@ -719,6 +735,7 @@ class QuantLayer(nn.Module):
 
     def run(self, x, post, what):
         """compute() by the int8 kernels."""
+        x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
         other, (scale, zero_point), dtype = post.other, (1.0, 0), what or torch.float32
         if isinstance(what, Point):
             (scale, zero_point), dtype = what.numbers, torch.uint8
@@ -834,21 +851,23 @@ class QuantLinear(QuantLayer):
     def kernel(self, x, scale, zero_point, dtype, post):
         weight, zeros = self.packs(x)
         return torch.ops.onednn.qlinear_pointwise(
-            x.contiguous(), *self.points[0].numbers, weight, self.weight_scale, zeros, self.bias,
+            x, *self.points[0].numbers, weight, self.weight_scale, zeros, self.bias,
             scale, zero_point, dtype, post.attr, list(post.args), post.algorithm,
         )  # fmt: skip
 
     def kernel_add(self, x, other, other_scale, other_zero_point, scale, zero_point, dtype, post):
         weight, zeros = self.packs(x)
         return torch.ops.onednn.qlinear_pointwise.binary(
-            x.contiguous(), *self.points[0].numbers, weight, self.weight_scale, zeros, other.contiguous(), self.bias,
-            scale, zero_point, dtype, other_scale, other_zero_point, "add", 1.0,
+            x, *self.points[0].numbers, weight, self.weight_scale, zeros, other.contiguous(), self.bias,
+            scale, zero_point, dtype, other_scale, other_zero_point, "sum" if other.dtype == torch.uint8 else "add", 1.0,
             post.attr, list(post.args), post.algorithm,
         )  # fmt: skip
 
 
 class QuantConvTranspose2d(QuantLayer):
-    """A transposed convolution: its weight alone is quantized, as oneDNN has no int8 kernel for it."""
+    """A transposed convolution. Where its windows do not overlap (kernel = stride), it is a 1 x 1 convolution to all
+    places of the window, which are then spread; for others oneDNN has no int8 kernel, and the weight alone is quantized.
+    """
 
     axis = 1
 
@@ -861,8 +880,32 @@ class QuantConvTranspose2d(QuantLayer):
     def refuses(layer):
         return "groups" if layer.groups > 1 else None
 
+    @staticmethod
+    def has_kernel(layer):
+        plain = layer.padding == layer.output_padding == (0, 0) and layer.dilation == (1, 1)
+        return plain and layer.kernel_size == layer.stride and layer.stride[0] == layer.stride[1]
+
     def fuses(self, attr, post):
-        return False
+        return attr not in ("gelu", "add")
+
+    def packs(self, x):
+        if self.packed is None:
+            size = self.shape[2]
+            weight = self.weight_q.permute(1, 2, 3, 0).reshape(-1, self.in_channels, 1, 1).contiguous()
+            scale = self.weight_scale.repeat_interleave(size**2)
+            bias = None if self.bias is None else self.bias.detach().repeat_interleave(size**2)
+            places = [[1, 1], [0, 0], [1, 1]]
+            packed = torch.ops.onednn.qconv_prepack(weight, scale, *self.points[0].numbers, *places, 1, list(x.shape))
+            self.packed = packed, scale, torch.zeros(len(scale), dtype=torch.int8), bias, places
+        return self.packed
+
+    def kernel(self, x, scale, zero_point, dtype, post):
+        weight, weight_scale, zeros, bias, places = self.packs(x)
+        y = torch.ops.onednn.qconv_pointwise(
+            x, *self.points[0].numbers, weight, weight_scale, zeros, bias, *places, 1,
+            scale, zero_point, dtype, post.attr, list(post.args), post.algorithm,
+        )  # fmt: skip
+        return F.pixel_shuffle(y, self.shape[2]).contiguous(memory_format=torch.channels_last)
 
     def output_shape(self, shape):
         stride, padding, extra, _, dilation = self.options
@@ -876,8 +919,7 @@ class QuantConvTranspose2d(QuantLayer):
         return F.conv_transpose2d(x, self.weight, self.bias, *self.options)
 
 
-INT8_KINDS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
-KINDS = INT8_KINDS | {nn.ConvTranspose2d: QuantConvTranspose2d}  # of weights
+KINDS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.ConvTranspose2d: QuantConvTranspose2d}
 
 
 # ---- prepare, calibrate, convert ------------------------------------------------------------------------------------
@@ -956,7 +998,7 @@ def prepare(model, images, *, activations=True, skip=(), **options):
         if why := KINDS[type(layer)].refuses(layer):
             left[name] = why
             continue
-        if type(layer) not in INT8_KINDS:
+        if not KINDS[type(layer)].has_kernel(layer):
             weights_only[name] = "no int8 kernel"
         elif layer not in macs:
             weights_only[name] = "not called as a layer"
@@ -1111,6 +1153,18 @@ def execute(model, *, int8, half=None):
         layer.half = half if int8 else None
 
 
+@contextlib.contextmanager
+def simulated(model):
+    """Inside, a converted network computes in float from its quantized weights."""
+    half = next((layer.half for layer in quant_layers(model).values() if layer.half), None)
+    int8 = half is not None or any(point.int8 for point in model.points)
+    execute(model, int8=False)
+    try:
+        yield model
+    finally:
+        execute(model, int8=int8, half=half)
+
+
 def rebuild(model, entry, state):
     """Give a network as build_model() makes it the structure that `entry` of a checkpoint's compression describes.
 
@@ -1144,8 +1198,134 @@ def rebuild(model, entry, state):
 def restore(model, entry):
     """Make a rebuilt network whose tensors are loaded ready to run."""
     set_mode(model, "fake")
+    for name, layer in quant_layers(model).items():
+        layer.output_range = entry.get("outputs", {}).get(name)
     if entry["state"] == "int8":
         execute(model, int8=kernels(), half=torch.bfloat16 if entry["attention"] == "bf16" else None)
+
+
+# ---- ONNX -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def observe_outputs(model, batches):
+    """Find the range of what each convolution of a converted network puts out, ReLU included, addends not -> {name:
+    [low, high]}, also its `output_range`.
+
+    onnxruntime computes a convolution in integers only if its output is quantized, which ours is not where a sum,
+    another activation or resizing follows. The convolution that comes last, which makes the logits, has no range.
+    """
+    ranges = {}
+
+    def watch(layer, y):
+        low, high = ranges.pop(layer, (0.0, 0.0))
+        seen = torch.aminmax(y)
+        ranges[layer] = min(low, seen.min.item()), max(high, seen.max.item())
+
+    layers = {name: m for name, m in quant_layers(model).items() if isinstance(m, QuantConv2d) and m.points[0]}
+    with simulated(model):
+        for layer in layers.values():
+            layer.watch = watch
+        for images in batches:
+            read(model(images))
+    for layer in layers.values():
+        layer.watch = None
+    for layer in list(ranges)[:-1]:
+        layer.output_range = list(ranges[layer])
+    return {name: layer.output_range for name, layer in layers.items() if layer.output_range}
+
+
+def _operator_of_onnx(name, x, *others, dtype, **attributes):
+    version = 21 if "block_size" in attributes else 18
+    return torch.onnx.ops.symbolic(name, [x, *others], attributes, dtype=dtype, shape=x.shape, version=version)
+
+
+class OnnxPoint(Point):
+    """A point of a network in export: bytes are made by QuantizeLinear and read by DequantizeLinear."""
+
+    def quantize(self, x):
+        kept, q = self.last
+        if kept() is not x:
+            q = _operator_of_onnx("QuantizeLinear", x.float(), self.scale, self.zero_point, dtype=torch.uint8)
+            self.last = (weakref.ref(x), q)
+        return q
+
+    def dequantize(self, q):
+        if q.is_floating_point():
+            return q
+        return _operator_of_onnx("DequantizeLinear", q, self.scale, self.zero_point, dtype=torch.float32)
+
+    @classmethod
+    def of(cls, point):
+        """Turn a Point into this, with a zero point of the type that the operators want."""
+        point.__class__, point.zero_point, point.last = cls, point.zero_point.to(torch.uint8), Point().last
+        return point
+
+
+class OnnxLayer(QuantLayer):
+    """A QuantLayer in export, mixed into its class: a weight read by DequantizeLinear, and float operators, of which
+    the runtimes make integer ones where they find them between DequantizeLinear and QuantizeLinear."""
+
+    def lay_out(self):
+        """Set what `weight` reads: a Linear's as the matrix product takes it."""
+        outputs, q = self.shape[self.axis], self.weight_q
+        places = {"axis": self.axis}
+        if self.bits == 4 or self.group_size:  # (outputs, inputs)
+            size = self.group_size or math.prod(self.shape) // outputs
+            q = unpack4(q, self.weight_scale.numel() * size) if self.bits == 4 else q
+            q = q.reshape(outputs, -1)[:, : math.prod(self.shape) // outputs]
+            places = {"axis": 1, "block_size": size} if self.group_size else {"axis": 0}
+        scale = self.weight_scale
+        if isinstance(self, QuantLinear):
+            q, places["axis"] = q.t(), 1 - places["axis"]
+            scale = scale.t() if self.group_size else scale
+        self.read_weight = q.contiguous(), scale.contiguous(), places
+        if self.output_range is not None:
+            self.output = Point()
+            self.output.set_range(*map(torch.tensor, self.output_range))
+            OnnxPoint.of(self.output)
+
+    @property
+    def weight(self):
+        q, scale, places = self.read_weight
+        weight = _operator_of_onnx("DequantizeLinear", q, scale, dtype=torch.float32, **places)
+        if isinstance(self, QuantLinear):
+            return weight.t()
+        return weight if weight.shape == self.shape else self.ungroup(weight[:, None])
+
+    def run(self, x, post, what):
+        y = self.simulate(self.points[0].dequantize(x))
+        if post.clips:
+            y, post = ACTIVATIONS[post.attr](y, *post.args), Post()
+        if self.output_range is not None and not (post == Post() and isinstance(what, Point)):
+            y = self.output.dequantize(self.output.quantize(y))
+        if post.other is not None:
+            y = y + read(post.other)
+        return read(ACTIVATIONS[post.attr](y, *post.args), what)
+
+
+def onnx_form(model):
+    """A copy of a converted network for torch.onnx.export(), which puts our scales into the file and computes nothing.
+
+    ModelError where there are no weights or no ranges to put there.
+    """
+    layers = quant_layers(model).values()
+    if any(layer.weight_q is None for layer in layers):
+        raise ModelError("it is quantized in simulation, from float weights: best.pt of the same run has int8 ones")
+    if any(isinstance(point, DynamicPoint) for point in model.points):
+        raise ModelError("--method dynamic finds ranges at run time, an ONNX file holds them: take --method ptq")
+    model = copy.deepcopy(model)
+    for point in model.points:
+        OnnxPoint.of(point)
+    for layer in quant_layers(model).values():
+        layer.__class__, layer.half = type(f"Onnx{type(layer).__name__}", (OnnxLayer, type(layer)), {}), None
+        layer.lay_out()
+    return model
+
+
+def onnx_opset(model):
+    """The oldest version of the ONNX operators that has those of onnx_form(): 21 brought groups and 4 bits."""
+    return 21 if any(layer.bits == 4 or layer.group_size for layer in quant_layers(model).values()) else 18
 
 
 # ---- post-training helpers ------------------------------------------------------------------------------------------
@@ -1530,7 +1710,7 @@ def fine_tune(model, teacher, train_set, val_set, *, args, out, device, save, re
 
 METHODS = ("dynamic", "ptq", "qat", "weight-only")
 # of qat, in place of those of train.py; flags of data and loss come from the checkpoint
-QAT_DEFAULTS = dict(epochs=1, lr=1e-4, warmup=0, weight_decay=0.0)
+QAT_DEFAULTS = dict(epochs=1, lr=1e-5, warmup=0, weight_decay=0.0)
 OWN_FLAGS = (*QAT_DEFAULTS, "out", "resume", "dry_run", "weights", "schedule", "clip", "ema", "optimizer",
              "backbone_lr", "eval_every", "save_every", "amp", "threads", "device", "tensorboard", "compile",
              "seed")  # fmt: skip
@@ -1646,6 +1826,8 @@ def main(argv=None):
         rows["fake quantized"] = score(model)
     half = torch.bfloat16 if entry["attention"] == "bf16" else None
     convert(model.eval(), half=half)
+    if args.method in ("ptq", "qat"):
+        entry["outputs"] = observe_outputs(model, calibration_images(args, device))
     metrics = evaluate.score(model, val_set, device=device, out=out, workers=args.workers)
     rows["converted"] = metrics
     save(out / "best.pt", network=model, metrics={k: metrics[k] for k in ("miou", "macc", "aacc")})

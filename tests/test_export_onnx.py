@@ -1,9 +1,11 @@
 """ONNX files: PyTorch's numbers at sizes and batches that the exporter has not seen, and what a failure leaves."""
 
+import collections
 import itertools
 import json
 import re
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -14,6 +16,7 @@ from torchvision import tv_tensors
 import datasets
 import export_onnx
 import models
+import quantize
 from evaluate import evaluate, predict
 from export_onnx import CheckError, OnnxNetwork, check, describe, export, main
 from models import ModelError, build_model, save_checkpoint
@@ -119,6 +122,85 @@ def test_every_row_has_pytorchs_numbers_at_other_sizes_and_batches(row, tmp_path
     if row.get("head", "fpn") == "fpn":  # the row itself, at its real width and depth
         monkeypatch.setattr("test_export_onnx.small", lambda name, rows: name)
     export_and_compare(row, tmp_path, batch=2)
+
+
+# ---- quantized networks ----
+
+
+class Residual(nn.Module):
+    """Two convolutions and the sum with their input; max pooling after it."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(c_in, c_out, 3, 1, 1), nn.Conv2d(c_out, c_out, 3, 1, 1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        return torch.max_pool2d(torch.relu(self.second(torch.relu(self.first(x))) + self.shortcut(x)), 2)
+
+
+@pytest.fixture
+def residual_row(monkeypatch):
+    def build(row, taps, output_stride, load):
+        sizes = [(16, 16), (16, 32), (32, 32), (32, 32)]
+        stages = [nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), Residual(16, 16))]
+        stages += [Residual(*size) for size in sizes[1:]]
+        return models.ConvBackbone(stages, [c for _, c in sizes][-taps:], [2, 4, 8, 16][-taps:]), (False, None)
+
+    monkeypatch.setitem(models.BACKBONES, "residual-tiny", models.BackboneRow(build, ""))
+
+
+def quantized(model, method="ptq", **options):
+    """What quantize.py makes of a network, calibrated on two images."""
+    calibration = [normalised(pixels(1, 3, 65, 97)), normalised(pixels(1, 3, 64, 80).flip(2))]
+    done = quantize.prepare(model, calibration[0], activations=method != "weight-only", **options)
+    if method == "dynamic":
+        quantize.make_dynamic(model, done.plan)
+    if method == "ptq":
+        quantize.calibrate(model, calibration)
+    quantize.convert(model)
+    if method == "ptq":
+        quantize.observe_outputs(model, calibration)
+    return model
+
+
+def operators(path):
+    """How often the graph that onnxruntime makes of a file has each operator."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = f"{path}.optimized", 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return collections.Counter(node.op_type for node in onnx.load(f"{path}.optimized").graph.node)
+
+
+INT8_ROWS = {  # how many convolutions and products are in integers, and how many are not: attention's and the last
+    "residual": (dict(backbone="residual-tiny", head="unet"), dict(QLinearConv=19, QLinearAdd=3, Conv=1)),
+    "concatenation": (dict(model="unet", width=4), dict(QLinearConv=22, QLinearConcat=4, Conv=1)),
+    "transformer": (dict(backbone="dinov2-tiny", head="linear"), dict(MatMulIntegerToFloat=24, MatMul=8)),
+}
+
+
+@pytest.mark.parametrize("kind", INT8_ROWS)
+def test_a_quantized_network_runs_in_integers_with_our_scales(kind, tmp_path, residual_row):
+    build, expected = INT8_ROWS[kind]
+    model, path = make(**build), tmp_path / "net.onnx"
+    float_bytes = 4 * models.count_params(model)[0]
+    quantized(model)
+    assert export(model, path) == export_onnx.OPSET
+    with quantize.simulated(model):
+        check(path, model, [pixels(n, 3, *size) for n, size in ((1, (64, 96)), (3, (51, 70)))], info=INFO, repeats=1)
+    assert path.stat().st_size < 0.3 * float_bytes + 150_000  # the graph itself
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    known = {v.item() for v in (*(p.scale for p in model.points),)}
+    assert {v.item() for name, v in held.items() if "points" in name and name.endswith("scale")} <= known
+    for layer in quantize.quant_layers(model).values():
+        weight = layer.weight_q.t() if layer.weight_q.dim() == 2 else layer.weight_q
+        assert any(
+            v.dtype == np.int8 and v.shape == weight.shape and (v == weight.numpy()).all() for v in held.values()
+        )
+        assert any(np.array_equal(v, layer.weight_scale.numpy()) for v in held.values())
+    found = operators(path)
+    print(found)
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_documented_exceptions_are_rows_and_say_why(monkeypatch, tmp_path):
