@@ -1354,11 +1354,13 @@ def save_checkpoint(
     compression=(),
     lineage=(),
     training=None,
+    state_dict=None,
 ):
     """Write a checkpoint that describes itself: plain types and tensors, to a temporary file that is then renamed.
 
     data: what DataInfo.to_dict() gives. lineage: one {"id", "command", "miou"} an ancestor. training: optimizer and
-    so on, for last.pt only. Raises OSError where it cannot be written.
+    so on, for last.pt only. state_dict: in place of the model's own, in a form that its compression can read. Raises
+    OSError where it cannot be written.
     """
     checkpoint = {
         "format": FORMAT,
@@ -1368,7 +1370,7 @@ def save_checkpoint(
         "data": data,
         "pretrained": pretrained,
         "compression": list(compression),
-        "state_dict": dict(model.state_dict()),
+        "state_dict": dict(model.state_dict() if state_dict is None else state_dict),
         "metrics": metrics or {},
         "args": args or {},
         "lineage": list(lineage),

@@ -34,6 +34,7 @@ import csv
 import functools
 import itertools
 import math
+import re
 import shlex
 import sys
 import time
@@ -857,16 +858,17 @@ class QuantLinear(QuantLayer):
 
     def kernel_add(self, x, other, other_scale, other_zero_point, scale, zero_point, dtype, post):
         weight, zeros = self.packs(x)
+        kind = "sum" if other.dtype == torch.uint8 else "add"  # the only one that each type can be given to
         return torch.ops.onednn.qlinear_pointwise.binary(
             x, *self.points[0].numbers, weight, self.weight_scale, zeros, other.contiguous(), self.bias,
-            scale, zero_point, dtype, other_scale, other_zero_point, "sum" if other.dtype == torch.uint8 else "add", 1.0,
+            scale, zero_point, dtype, other_scale, other_zero_point, kind, 1.0,
             post.attr, list(post.args), post.algorithm,
         )  # fmt: skip
 
 
 class QuantConvTranspose2d(QuantLayer):
     """A transposed convolution. Where its windows do not overlap (kernel = stride), it is a 1 x 1 convolution to all
-    places of the window, which are then spread; for others oneDNN has no int8 kernel, and the weight alone is quantized.
+    places of the window, which are then spread; for others there is no int8 kernel, and the weight alone is quantized.
     """
 
     axis = 1
@@ -1165,14 +1167,28 @@ def simulated(model):
         execute(model, int8=int8, half=half)
 
 
+def packed(state):
+    """The state_dict of a converted network with its points as two vectors: a tensor of one number takes 300 bytes."""
+    state = dict(state)
+    for kind in ("scale", "zero_point"):
+        keys = [key for key in state if re.fullmatch(rf"points\.\d+\.{kind}", key)]
+        if keys:
+            state[f"points.{kind}"] = torch.stack([state.pop(key) for key in keys])
+    return state
+
+
 def rebuild(model, entry, state):
     """Give a network as build_model() makes it the structure that `entry` of a checkpoint's compression describes.
 
-    state: the checkpoint's state_dict, for what it holds; nothing is copied.
+    state: the checkpoint's state_dict, for what it holds; nothing is copied, but what packed() did is undone.
     """
 
     def empty(key):
         return torch.empty_like(state[key], device="meta")
+
+    for kind in ("scale", "zero_point"):  # see packed()
+        for number, value in enumerate(state.pop(f"points.{kind}", ())):
+            state[f"points.{number}.{kind}"] = value
 
     remove(model, entry["removed"])
     for name in entry["relu6"]:
@@ -1808,7 +1824,10 @@ def main(argv=None):
         network = network or model
         converted = all(layer.weight_q is not None for layer in quant_layers(network).values())
         step = entry | {"state": "int8" if converted else "simulated"}
-        models.save_checkpoint(path, network, compression=[*checkpoint["compression"], step], **about, **state)
+        weights = packed(network.state_dict()) if converted else None
+        models.save_checkpoint(
+            path, network, state_dict=weights, compression=[*checkpoint["compression"], step], **about, **state
+        )
 
     history = None
     if args.method == "qat":
