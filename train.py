@@ -394,8 +394,10 @@ def fit(
 
     objective: module of (images, target) -> loss with the network as `.model`. schedule(step, scores) -> factor of each
     group's base_lr. batch_size: over all processes. save(path, metrics, training) writes a checkpoint. resume: the
-    "training" entry of a last.pt. max_steps: stop there, whatever `epochs` says. on_epoch_start(epoch) and
-    after_step(step) are for callers that do something to the network of their own.
+    "training" entry of a last.pt. max_steps: stop there, whatever `epochs` says. on_epoch_start(epoch), also called
+    where a resumed run goes on within one, and after_step(step) are for callers that do something of their own to the
+    network.
+
     Returns {"history": rows, "best": metrics of best.pt, "seconds", "step", "stopped": signal name or None}.
     Raises TrainingError where the loss is not finite; best.pt stays as it was.
     """
@@ -437,7 +439,7 @@ def fit(
     with StopSignal() as signals, tqdm(total=stop, initial=first, disable=rank > 0, unit="step", leave=False) as bar:
         for step in range(first, stop):
             epoch, within = divmod(step, an_epoch)
-            if within == 0 and on_epoch_start:
+            if on_epoch_start and (within == 0 or step == first):
                 on_epoch_start(epoch)
             began = time.perf_counter()
             factor = schedule(step, keeper.scores())
@@ -580,6 +582,7 @@ def add_train_args(parser):
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step; the batch size stays the same")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights, e.g. 0.999; 0: do not")
+    add("--frozen-norm-epochs", type=int, default=0, metavar="N", help="last epochs: BatchNorm's statistics stay")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: the fastest")
     add("--compile", action=yes_no, default=False, help="torch.compile the step")
     add("--seed", type=int, default=0, help="of everything random")
@@ -695,6 +698,13 @@ def make_network(args, num_classes, last):
         print(f"*** Training from scratch, the backbone {'frozen' if model.freeze_backbone else 'unfrozen'}. "
               "--pretrained PATH uses a local copy.", file=sys.stderr)  # fmt: skip
     return model
+
+
+def freeze_norms(model):
+    """BatchNorm in eval mode: training sees the statistics that evaluation will use, not those of a small batch."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def open_writer(args, out, rank):
@@ -817,6 +827,10 @@ def run(args, last, command, device):
     def save(path, **state):
         models.save_checkpoint(path, model, **about, **state)
 
+    def on_epoch_start(epoch):
+        if epoch >= args.epochs - args.frozen_norm_epochs:
+            freeze_norms(model)
+
     writer = open_writer(args, out, rank)
     step = last["training"]["step"] if last else 0
     done = fit(
@@ -824,7 +838,7 @@ def run(args, last, command, device):
         batch_size=args.batch_size, seed=args.seed, device=device, out_dir=out, save=save, workers=args.workers,
         accumulate=args.accumulate, clip=args.clip, amp=args.amp, ema_decay=args.ema, eval_every=args.eval_every,
         save_every=args.save_every, max_steps=step + 2 if args.dry_run else None, resume=last and last["training"],
-        compile_step=args.compile, writer=writer,
+        compile_step=args.compile, writer=writer, on_epoch_start=on_epoch_start,
     )  # fmt: skip
     if rank:
         return {}

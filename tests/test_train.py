@@ -295,11 +295,26 @@ def test_a_loss_that_is_not_finite_stops_with_the_files_and_spares_best(tmp_path
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_frozen_norms_keep_their_statistics_for_the_last_epochs(tmp_path):
+    statistics = {}
+    for frozen in (0, 1, 2):
+        run(tmp_path / str(frozen), "--epochs", "2", "--frozen-norm-epochs", str(frozen))
+        state = read(tmp_path / str(frozen) / "last.pt")["state_dict"]
+        statistics[frozen] = {k: v for k, v in state.items() if k.endswith("num_batches_tracked")}
+    assert {len(s) for s in statistics.values()} != {0}
+    for frozen, counts in statistics.items():
+        assert {int(v) for v in counts.values()} == {2 * (2 - frozen)}  # 2 steps an epoch
+
+
 # ---- resume ----
 
 
 @pytest.mark.parametrize(
-    "flags", [["--ema", "0.9"], ["--optimizer", "sgd", "--schedule", "plateau", "--patience", "1"]]
+    "flags",
+    [
+        ["--ema", "0.9", "--frozen-norm-epochs", "3"],
+        ["--optimizer", "sgd", "--schedule", "plateau", "--patience", "1"],
+    ],
 )
 @pytest.mark.parametrize("stop_at", [3, 4])  # in the middle of an epoch, and at its end: 2 steps an epoch
 def test_a_stopped_and_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, capsys, flags, stop_at):
