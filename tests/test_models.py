@@ -14,9 +14,14 @@ import models
 from losses import mask_set_loss
 from models import BACKBONES, HEADS, NETWORKS, ModelError, build_model, count_params, load_checkpoint, save_checkpoint
 
-# One backbone of each builder, small enough to train here, with every head. test_every_row() goes through the tables.
+# One backbone of each builder, small enough to train here, with every head; the quick tests have each head on the first
+# of them and on one of the others. test_every_row() goes through the tables.
 TRAINABLE_HERE = ["dinov2-tiny", "resnet18", "mobilenet_v2", "swin-mini", "mit-tiny"]
-NETS = [dict(backbone=backbone, head=head) for backbone in TRAINABLE_HERE for head in HEADS]
+PAIRS = [dict(backbone=backbone, head=head) for backbone in TRAINABLE_HERE for head in HEADS]
+QUICK = PAIRS[: len(HEADS)] + [
+    dict(backbone=b, head=h) for b, h in zip(itertools.cycle(TRAINABLE_HERE[1:]), HEADS, strict=False)
+]
+NETS = [pytest.param(net, marks=() if net in QUICK else pytest.mark.slow) for net in PAIRS]
 NETS += [dict(backbone="mobilenet_v3_large", head="deeplabv3plus"), dict(model="segformer-tiny")]
 ROWS = [dict(backbone=name, head="linear") for name in BACKBONES] + [dict(model=name) for name in NETWORKS]
 SMALL = 8_000_000  # parameters up to which test_every_row() computes with a row
