@@ -346,6 +346,14 @@ class Post(NamedTuple):
         """Whether it cuts values off at most, which quantization can do as well."""
         return self.other is None and self.attr in ("none", "relu", "hardtanh")
 
+    def absorbed(self, point):
+        """Whether it only cuts off what cannot be stored at a point anyway."""
+        if not self.clips:
+            return False
+        scale, zero_point = point.numbers
+        low, high = self.args or (-math.inf if self.attr == "none" else 0.0, math.inf)
+        return low <= -zero_point * scale and (UINT8[1] - zero_point) * scale <= high
+
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -599,11 +607,15 @@ Lazy.__iadd__ = _add_in_place
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def kernels():
-    """Whether PyTorch has int8 kernels for this machine's CPU: oneDNN's, with AVX-512 VNNI or AMX behind them."""
-    return hasattr(torch.ops.onednn, "qconv_pointwise") and torch.backends.mkldnn.is_available() and (
-        torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX512_VNNI", "AMX")
-    )  # fmt: skip
+    """Whether PyTorch has int8 kernels for this machine's CPU: oneDNN's, on instructions that sum products in 32 bits.
+
+    Older ones sum pairs in 16, which overflows: there the numbers would be wrong.
+    """
+    abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    summing = any(abilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return summing and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
 
 
 class QuantLayer(nn.Module):
@@ -712,7 +724,7 @@ class QuantLayer(nn.Module):
         self.mode = "float"
         gap = self.simulate(x) - quantized
         self.mode = "fake"
-        dim = 1 if isinstance(self, QuantConv2d) else -1
+        dim = -1 if isinstance(self, QuantLinear) else 1
         self.gap.append(gap.movedim(dim, 0).flatten(1).mean(1))
 
     def compute(self, x, post, what):
@@ -1311,9 +1323,10 @@ class OnnxLayer(QuantLayer):
 
     def run(self, x, post, what):
         y = self.simulate(self.points[0].dequantize(x))
+        followed = isinstance(what, Point) and post.absorbed(what)  # by a QuantizeLinear
         if post.clips:
             y, post = ACTIVATIONS[post.attr](y, *post.args), Post()
-        if self.output_range is not None and not (post == Post() and isinstance(what, Point)):
+        if self.output_range is not None and not followed:
             y = self.output.dequantize(self.output.quantize(y))
         if post.other is not None:
             y = y + read(post.other)
