@@ -88,7 +88,8 @@ def export(model, path, *, size=None, opset=None, raw_input=False, output="logit
 
     size: (H, W), or None for any. opset: None for the oldest that will do. raw_input, output: see the top of this
     file; raw_input normalises with the "mean" and "std" of metadata. metadata: {name: text, or what JSON can hold}.
-    external_data: weights in a file of their own, PATH.data, as they are in any case beyond 2 GB. Raises ModelError where the network or the opset cannot be exported.
+    external_data: weights in a file of their own, PATH.data, as they are in any case beyond 2 GB. Raises ModelError
+    where the network or the opset cannot be exported.
     """
     import onnx
     import onnx_ir

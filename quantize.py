@@ -454,15 +454,13 @@ def _torch_function(_cls, function, types, args=(), kwargs=None):
 def _activation(attr, function):
     """Handler of an activation: it goes into the kernel of the layer before it, if that has none yet."""
 
-    def handler(x, *args, inplace=False, approximate=None, **kwargs):
-        if not (isinstance(x, Lazy) and x.open and x.pending[0].fuses(attr, x.pending[2])) or kwargs:
+    def handler(x, min_val=-1.0, max_val=1.0, *, inplace=False, approximate="none"):
+        if not (isinstance(x, Lazy) and x.open and x.pending[0].fuses(attr, x.pending[2])) or approximate != "none":
             return NotImplemented
-        if attr == "hardtanh":
-            args = (0.0, 6.0) if function is F.relu6 else args or (-1.0, 1.0)
-        elif args:
-            return NotImplemented
+        limits = (0.0, 6.0) if function is F.relu6 else (min_val, max_val)
         layer, inputs, post = x.pending
-        post = post._replace(attr=attr, args=tuple(args), algorithm=approximate or ("none" if attr == "gelu" else ""))
+        args, algorithm = limits if attr == "hardtanh" else (), "none" if attr == "gelu" else ""
+        post = post._replace(attr=attr, args=args, algorithm=algorithm)
         out = Lazy.of(layer, inputs, post, x.shape)
         return x.become(out) if inplace or function in IN_PLACE else out
 

@@ -225,7 +225,8 @@ OPERATIONS = {
     "relu in place": lambda x, y: F.relu(x, inplace=True) + x,
     "relu_": lambda x, y: torch.relu_(x) * x,
     "two activations": lambda x, y: F.relu6(F.hardswish(x)),
-    "hardtanh": lambda x, y: F.hardtanh(x, -0.5, 0.25),
+    "hardtanh": lambda x, y: F.hardtanh(x, -0.5, 0.25) + nn.Hardtanh(-1, 2)(y) - nn.ReLU6()(x),
+    "gelu": lambda x, y: F.gelu(x) + F.gelu(y, approximate="tanh"),
     "silu": lambda x, y: F.silu(x),
     "prelu": lambda x, y: F.prelu(x, torch.full((4,), 0.1)),
     "sum": lambda x, y: x + y,
@@ -365,10 +366,11 @@ def test_every_network(build, monkeypatch):
 
 
 @KERNELS
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
 @torch.no_grad()
-def test_activations_stay_bytes_from_layer_to_layer(monkeypatch):
+def test_activations_stay_bytes_from_layer_to_layer(backbone, monkeypatch):
     """A residual network computes in bytes throughout: nothing is quantized but the image, little dequantized."""
-    model, _ = prepared(make(backbone="resnet18", head="fcn"), images(64, 64))
+    model, _ = prepared(make(backbone=backbone, head="fcn"), images(64, 64))
     quantize.convert(model)
     model(images(64, 64))
     seen = {"to_bytes": 0, "dequantize": 0}
