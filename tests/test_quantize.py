@@ -366,6 +366,26 @@ def test_every_network(build, monkeypatch):
 
 
 @KERNELS
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 8, 14])
+@pytest.mark.parametrize("channels", [3, 16, 32, 64])
+@torch.no_grad()
+def test_a_kernel_that_is_wrong_is_not_used(size, channels):
+    """Windows of every kind: some of oneDNN's kernels give nonsense, and are found out."""
+    torch.manual_seed(0)
+    layer, point = quantize.QuantConv2d(nn.Conv2d(channels, 32, size, size)), Point()
+    layer.points = (point, None)
+    point.set_range(torch.tensor(-1.0), torch.tensor(2.0))
+    q = torch.randint(0, 256, (2, channels, 56, 70), dtype=torch.uint8)
+    x = dequantize(q, point.scale, point.zero_point)  # so that no value lies between two steps
+    layer.mode = "fake"
+    expected = layer(x).read()
+    layer.convert()
+    point.freeze(True)
+    found = layer(x).read()
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@KERNELS
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
 @torch.no_grad()
 def test_activations_stay_bytes_from_layer_to_layer(backbone, monkeypatch):
