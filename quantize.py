@@ -1658,7 +1658,7 @@ def from_matrix(layer, matrix):
     return (matrix[0].mT if isinstance(layer, QuantConvTranspose2d) else matrix).reshape(layer.shape)
 
 
-def learn_rounding(layer, x, target, *, steps, batch_size=256, lr=0.01, strength=0.01, stretch=(-0.1, 1.1)):
+def learn_rounding(layer, x, target, *, steps, batch_size=256, lr=0.03, strength=0.1, stretch=(-0.1, 1.1)):
     """Set a layer's weight to the multiples of its scale, each the next below or above, that bring the product with x
     (groups, places, inputs) closest to `target` (groups, places, outputs) in the squared sum.
 
@@ -1718,20 +1718,21 @@ def sensitivity(model, batches):
 
 
 class QatObjective(train.Objective):
-    """train.Objective plus, with `kl`, that weight times KL(float network || quantized network), a pixel's mean."""
+    """train.Objective plus, with `kl`, that weight times KL(float network || quantized network), a pixel's mean; a
+    network with a loss of its own, on masks, has no such term."""
 
     def __init__(self, model, loss, aux_weight, ignore_index, *, teacher=None, kl=0.0):
         super().__init__(model, loss, aux_weight, ignore_index)
         self.teacher, self.kl = (teacher,), kl  # in a tuple: its weights are not trained, nor kept
 
     def forward(self, images, target):
-        loss = super().forward(images, target)
-        if not self.kl:
-            return loss
+        if not self.kl or self.loss is None:
+            return super().forward(images, target)
+        logits = self.logits(self.model.encode(images), target.shape[-2:])
         with torch.no_grad():
-            expected = self.teacher[0](images).float().log_softmax(1)
-        found = self.model(images).float().log_softmax(1)
-        return loss + self.kl * F.kl_div(found, expected, log_target=True, reduction="none").sum(1).mean()
+            expected = self.teacher[0](images).float()
+        divergence = F.kl_div(logits[0].log_softmax(1), expected.log_softmax(1), log_target=True, reduction="none")
+        return self.weigh(logits, target) + self.kl * divergence.sum(1).mean()
 
 
 def fine_tune(model, teacher, train_set, val_set, *, args, out, device, save, resume=None):
@@ -1762,7 +1763,7 @@ def fine_tune(model, teacher, train_set, val_set, *, args, out, device, save, re
         batch_size=args.batch_size, seed=args.seed, device=device, out_dir=out, save=save, workers=args.workers,
         accumulate=args.accumulate, clip=args.clip, amp=args.amp, ema_decay=args.ema, eval_every=args.eval_every,
         save_every=args.save_every, max_steps=first + 2 if args.dry_run else None, resume=resume,
-        after_step=lambda step: observe(step + 1),
+        after_step=lambda step: observe(step + 1), score_first=True,
     )  # fmt: skip
 
 
@@ -1770,8 +1771,8 @@ def fine_tune(model, teacher, train_set, val_set, *, args, out, device, save, re
 
 METHODS = ("dynamic", "ptq", "qat", "weight-only")
 # of qat, in place of those of train.py; flags of data and loss come from the checkpoint
-QAT_DEFAULTS = dict(epochs=1, lr=1e-5, warmup=0, weight_decay=0.0)
-OWN_FLAGS = (*QAT_DEFAULTS, "out", "resume", "dry_run", "weights", "schedule", "clip", "ema", "optimizer",
+QAT_DEFAULTS = dict(epochs=1, lr=1e-5, warmup=0, weight_decay=0.0, ema=0.98)
+OWN_FLAGS = (*QAT_DEFAULTS, "out", "resume", "dry_run", "weights", "schedule", "clip", "optimizer",
              "backbone_lr", "eval_every", "save_every", "amp", "threads", "device", "tensorboard", "compile",
              "seed")  # fmt: skip
 
@@ -1796,7 +1797,7 @@ def make_parser():
     add("--max-drop", type=float, metavar="POINTS", help="leave as many layers in float as this mIoU drop takes")
     add("--attention", choices=("bf16", "float32"), default="bf16", help="what attention is computed in")
     add("--steps", choices=("learned", "frozen"), default="learned", help="qat: scales are trained (LSQ), or observed")
-    add("--kl", type=float, default=0.0, metavar="WEIGHT", help="qat: of the divergence from the float network")
+    add("--kl", type=float, default=1.0, metavar="WEIGHT", help="qat: of the divergence from the float network")
     add("--out", help="folder to write to; left out: checkpoints/quantize-METHOD")
     add("--resume", action="store_true", help="qat: go on from OUT/last.pt, with its flags")
     datasets.add_data_args(parser)

@@ -66,9 +66,14 @@ class Objective(nn.Module):
         if self.loss is None:
             head = self.model.head
             return losses.mask_set_loss(head.queries(features), target, self.ignore_index, stride=head.stride)
-        outputs = self.model.predictions(features)
+        return self.weigh(self.logits(features, target.shape[-2:]), target)
+
+    def logits(self, features, size):
+        """Those of the network and of its auxiliary outputs, at full size."""
         # contiguous: in channels_last, what the network computes in, the softmax over K classes is slower on a CPU
-        logits = [self.model.resize(x.float().contiguous(), target.shape[-2:]) for x in outputs]
+        return [self.model.resize(x.float().contiguous(), size) for x in self.model.predictions(features)]
+
+    def weigh(self, logits, target):
         first, *others = (self.loss(x, target) for x in logits)
         return first + self.aux_weight * sum(others)
 
@@ -389,6 +394,7 @@ def fit(
     writer=None,
     on_epoch_start=None,
     after_step=None,
+    score_first=False,
 ):
     """Train objective.model on train_set, keeping the weights with the best mIoU on val_set.
 
@@ -396,7 +402,7 @@ def fit(
     group's base_lr. batch_size: over all processes. save(path, metrics, training) writes a checkpoint. resume: the
     "training" entry of a last.pt. max_steps: stop there, whatever `epochs` says. on_epoch_start(epoch), also called
     where a resumed run goes on within one, and after_step(step) are for callers that do something of their own to the
-    network.
+    network. score_first: what it starts from counts as well.
 
     Returns {"history": rows, "best": metrics of best.pt, "seconds", "step", "stopped": signal name or None}.
     Raises TrainingError where the loss is not finite; best.pt stays as it was.
@@ -435,6 +441,8 @@ def fit(
             )
 
     images_done, seconds_done = 0, 0.0
+    if score_first and not resume:
+        keeper.evaluate()
     objective.train()
     with StopSignal() as signals, tqdm(total=stop, initial=first, disable=rank > 0, unit="step", leave=False) as bar:
         for step in range(first, stop):

@@ -554,3 +554,236 @@ def test_a_quantized_checkpoint_is_not_quantized_again(float_checkpoint, tmp_pat
     run(float_checkpoint(backbone="resnet18", head="fcn"), tmp_path / "q", "--method", "ptq")
     with pytest.raises(ModelError, match="is quantized already"):
         run(tmp_path / "q" / "best.pt", tmp_path / "r", "--method", "ptq")
+
+
+# ---- post-training helpers ------------------------------------------------------------------------------------------
+
+
+class Row(nn.Module):
+    """Layers in a row."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers, self.frozen = nn.Sequential(*layers), []
+        self.eval()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@torch.no_grad()
+def uneven(*layers):
+    """Layers in a row, the output channels of each convolution of ranges that differ a hundredfold."""
+    torch.manual_seed(0)
+    for conv in (layer for layer in layers if isinstance(layer, nn.Conv2d)):
+        nn.init.normal_(conv.weight, 0, 0.1)
+        conv.weight *= torch.logspace(-1, 1, conv.out_channels)[torch.randperm(conv.out_channels), None, None, None]
+    return Row(*layers)
+
+
+def channel_ranges(conv, dim):
+    return conv.weight.detach().abs().transpose(0, dim).flatten(1).amax(1)
+
+
+@pytest.mark.parametrize(
+    "between", [[nn.ReLU()], [nn.ReLU(inplace=True)], [nn.ReLU(), nn.MaxPool2d(2)], [nn.Identity()]]
+)
+@torch.no_grad()
+def test_equalize_gives_both_sides_the_geometric_mean_of_their_ranges(between):
+    model, x = uneven(nn.Conv2d(3, 8, 3), *between, nn.Conv2d(8, 5, 3, bias=False)), images(20, 24)
+    expected, first, second = model(x), model.layers[0], model.layers[-1]
+    r1, r2, bias = channel_ranges(first, 0), channel_ranges(second, 1), first.bias.clone()
+    assert quantize.equalize(model, [x]) == [("layers.0", f"layers.{len(between) + 1}")]
+    assert torch.allclose(channel_ranges(first, 0), (r1 * r2).sqrt(), rtol=1e-4)
+    assert torch.allclose(channel_ranges(second, 1), (r1 * r2).sqrt(), rtol=1e-4)
+    assert torch.allclose(first.bias, bias / ((r1 * r2).sqrt() / r2), rtol=1e-4)
+    assert torch.allclose(model(x), expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_equalize_goes_through_depthwise_convolutions():
+    depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    model, x = uneven(nn.Conv2d(3, 8, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.Conv2d(8, 5, 1)), images(12, 16)
+    expected, first, last = model(x), model.layers[0], model.layers[4]
+    mean = (channel_ranges(first, 0) * channel_ranges(depthwise, 0) * channel_ranges(last, 1)) ** (1 / 3)
+    assert quantize.equalize(model, [x]) == [("layers.0", "layers.2"), ("layers.2", "layers.4")]
+    for conv, dim in ((first, 0), (depthwise, 0), (last, 1)):
+        assert torch.allclose(channel_ranges(conv, dim), mean, rtol=1e-2)
+    assert torch.allclose(model(x), expected, atol=1e-4)
+
+
+class Pair(nn.Module):
+    def __init__(self, run, groups=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.run, self.a, self.b = run, nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+
+    def forward(self, x):
+        return self.run(self.a, self.b, x)
+
+
+def _two_readers(a, b, x):
+    y = F.relu(a(x))
+    return b(y) + y
+
+
+def _two_readers_of_the_sum(a, b, x):
+    y = a(x)
+    return b(F.relu(y)) + y
+
+
+def _moved_in_place(a, b, x):
+    y = F.relu(a(x))
+    y += 1
+    return b(y)
+
+
+UNEQUAL = {
+    "two readers": _two_readers,
+    "two readers before the activation": _two_readers_of_the_sum,
+    "moved in place": _moved_in_place,
+    "ReLU6": lambda a, b, x: b(F.relu6(a(x))),
+    "second called twice": lambda a, b, x: b(b(F.relu(a(x)))),
+    "first called twice": lambda a, b, x: b(F.relu(a(x))) + a(x),
+    "weight read elsewhere": lambda a, b, x: b(F.relu(a(x))) + a.weight.square().sum(),
+    "groups": lambda a, b, x: b(F.relu(a(x))),
+}
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+@torch.no_grad()
+def test_equalize_leaves_alone_what_it_would_change(name):
+    model = Pair(UNEQUAL[name], groups=2 if name == "groups" else 1)
+    before = copy.deepcopy(model.state_dict())
+    assert quantize.equalize(model, [images(10, 12)]) == []
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_relu6_stands_in_the_way_until_it_is_a_relu():
+    x = images(9, 9)
+    model = uneven(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 5, 3), nn.Hardtanh(), nn.Conv2d(5, 5, 1))
+    assert quantize.equalize(model, [x]) == []
+    assert quantize.replace_relu6(model) == ["layers.1"]
+    assert quantize.equalize(model, [x]) == [("layers.0", "layers.2")]
+
+
+def rounding_network():
+    """One of each kind of layer that learns to round, and an image of broad blobs: inputs that go together."""
+    torch.manual_seed(0)
+    model = Row(
+        nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 2, dilation=2, groups=2), nn.ReLU(),
+        nn.ConvTranspose2d(16, 12, 2, 2), nn.ReLU(), nn.Conv2d(12, 5, 1),
+    )  # fmt: skip
+    return model, [F.interpolate(torch.randn(1, 3, 6, 7), scale_factor=5, mode="bicubic") for _ in range(6)]
+
+
+@pytest.mark.parametrize(("bits", "group", "activations"), [(8, 0, True), (4, 0, True), (4, 8, False)])
+@torch.no_grad()
+def test_adaround_chooses_floor_or_ceil_for_better_outputs_and_convert_keeps_it(bits, group, activations):
+    model, (*batches, fresh) = rounding_network()
+    expected = model(fresh)
+    nearest = copy.deepcopy(model)
+    quantize.prepare(nearest, batches[0], activations=activations, bits=bits, group_size=group)
+    if activations:
+        quantize.calibrate(nearest, batches)
+    quantize.set_mode(nearest, "fake")
+    learned = copy.deepcopy(nearest)
+    quantize.adaround(learned, batches, steps=300)
+    errors = [(quantize.read(network(fresh)) - expected).square().mean() for network in (nearest, learned)]
+    assert errors[1] < (0.98 if bits == 8 else 0.8) * errors[0]  # of 8 bits, most is that of the activations
+    others = 0
+    for name, layer in quant_layers(learned).items():
+        start = nearest.get_submodule(name)
+        scale = start.weight_scale.view(layer.shape[layer.axis], -1, 1)
+        exact, chosen = (quantize.group_rows(x.values, group, layer.axis) / scale for x in (start, layer))
+        assert torch.allclose(chosen, chosen.round(), atol=1e-4)
+        assert ((chosen.round() == exact.floor()) | (chosen.round() == exact.ceil())).all()
+        others += (chosen.round() != exact.round()).sum().item()
+        kept = layer.values.clone()
+        layer.convert()
+        assert torch.allclose(layer.weight, kept, rtol=1e-5)
+        if bits == 8 and not group:
+            assert torch.equal(quantize.group_rows(layer.weight_q.float(), group, layer.axis), chosen.round())
+    assert others > 20
+
+
+@torch.no_grad()
+def test_correct_bias_brings_the_mean_of_each_output_back():
+    model, x = uneven(nn.Conv2d(3, 8, 3, bias=False)), [images(24, 24) + 1, images(16, 30) + 1]
+    simulated = copy.deepcopy(model)
+    quantize.prepare(simulated, x[0], bits=4)
+    quantize.calibrate(simulated, x)
+
+    def gaps():
+        """Mean error of each output channel, on average over the images."""
+        return torch.stack([(quantize.read(simulated(y)) - model(y)).mean((0, 2, 3)) for y in x]).mean(0).abs()
+
+    before = gaps()
+    quantize.correct_bias(simulated, x)
+    assert before.max() > 1e-3
+    assert gaps().max() < 1e-5
+
+
+class Tokens(nn.Module):
+    """Two Linear layers after a LayerNorm with two channels far out; with `read`, its output is read as it is, too."""
+
+    def __init__(self, read=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.read, self.frozen = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16), read, []
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        with torch.no_grad():
+            self.norm.weight[3:5] = 100.0
+            for layer in (self.a, self.b):
+                layer.weight[:, 3:5] /= 100
+
+    def forward(self, x):
+        tokens = self.norm(self.embed(x).flatten(2).mT)
+        return self.a(tokens) * self.b(tokens) + (tokens if self.read else 0)
+
+
+@torch.no_grad()
+def test_smooth_moves_outliers_into_the_weights():
+    model, x = Tokens(), images(32, 32)
+    expected, errors = model(x), []
+    smoothed = copy.deepcopy(model)
+    assert quantize.smooth(smoothed, [x])["norm"] is not None
+    assert torch.allclose(smoothed(x), expected, atol=1e-4)
+    for network in (model, smoothed):
+        simulated, _ = prepared(network, x)
+        errors.append((quantize.read(simulated(x)) - expected).square().mean())
+    assert errors[1] < 0.1 * errors[0]
+
+
+@torch.no_grad()
+def test_smooth_leaves_a_norm_alone_that_others_read():
+    model = Tokens(read=True)
+    before = copy.deepcopy(model.state_dict())
+    assert quantize.smooth(model, [images(32, 32)]) == {"norm": None}
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_what_the_helpers_change_is_in_the_checkpoint(tmp_path):
+    """A network without its norms and ReLU6, equalized and rounded, comes back from its file."""
+    model, x = make(backbone="mobilenet_v2", head="fcn"), images(48, 64)
+    args = quantize.make_parser().parse_args(["--equalize", "relu6", "--adaround", "2", "--observer", "minmax"])
+    converted, entry = quantize.quantize_network(model, [x], args, None, None, tmp_path)
+    assert len(entry["relu6"]) > 30 and len(entry["equalized"]) > 30
+    assert entry["removed"] == quantize.simplify(copy.deepcopy(model))
+    quantize.convert(converted)
+    save_checkpoint(
+        tmp_path / "q.pt", converted, data=INFO.to_dict(), pretrained="no", command="quantize.py",
+        compression=[entry | {"state": "int8"}],
+    )  # fmt: skip
+    found, _ = load_checkpoint(tmp_path / "q.pt")
+    assert torch.equal(quantize.read(found(x)), quantize.read(converted(x)))
+
+
+@pytest.mark.parametrize("flags", [["--method", "qat", "--adaround", "10"], ["--adaround", "-1"]])
+def test_adaround_where_it_has_no_place_is_refused(flags, tmp_path):
+    model = make(model="unet", width=8)
+    save_checkpoint(tmp_path / "f.pt", model, data=INFO.to_dict(), pretrained="no", command="train.py", args={})
+    with pytest.raises(ModelError, match="--adaround takes"):
+        quantize.parse_args(["--weights", str(tmp_path / "f.pt"), *flags])
