@@ -105,7 +105,6 @@ def export(model, path, *, size=None, opset=None, raw_input=False, output="logit
         raise ModelError(f"--opset {opset}: PyTorch's exporter writes {OPSET} and newer, up to {newest} of onnx here")
     if opset < oldest:
         raise ModelError(f"--opset {opset}: weights of 4 bits, or scaled in groups, are in {oldest} and newer")
-    bits = {layer.bits for layer in quantizer.quant_layers(model).values()} if quantizer else set()
     for part in (model.build.get(key) for key in ("model", "backbone", "head")):
         if part in UNEXPORTABLE:
             raise ModelError(f"{name} has no ONNX form: {UNEXPORTABLE[part]}")
@@ -139,25 +138,13 @@ def export(model, path, *, size=None, opset=None, raw_input=False, output="logit
     (logits,) = program.model.graph.outputs
     if not size:  # the exporter names them by how they come about: Min(height, 32 * ...)
         logits.shape = onnx_ir.Shape(["batch", *logits.shape[1:-2], "height", "width"])
-    if 4 in bits:
-        pack4(program.model)
+    if quantizer:
+        quantizer.pack_onnx(program.model, model)
     ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine, and a lot of them
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     program.model.metadata_props.update(texts)
     program.save(path, external_data=external_data)
     return opset
-
-
-def pack4(model):
-    """Store the weights of a graph that DequantizeLinear reads, which PyTorch holds in int8, with 4 bits each."""
-    import onnx_ir
-
-    for node in model.graph:
-        value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if value is not None and value.const_value is not None and value.dtype == onnx_ir.DataType.INT8:
-            int4 = onnx_ir.DataType.INT4
-            value.const_value = onnx_ir.Tensor(value.const_value.numpy().astype(int4.numpy()), name=value.name)
-            value.dtype = int4
 
 
 @contextlib.contextmanager

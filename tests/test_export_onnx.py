@@ -197,7 +197,10 @@ def operators(path):
 INT8_ROWS = {  # how many convolutions and products are in integers, and how many are not: attention's and the last
     "residual": (dict(backbone="residual-tiny", head="unet"), dict(QLinearConv=16, QLinearAdd=3, Conv=1)),
     "concatenation": (dict(model="unet", width=4), dict(QLinearConv=18, Conv=1, FusedConv=0)),
-    "transformer": (dict(backbone="dinov2-tiny", head="linear"), dict(MatMulIntegerToFloat=24, MatMul=8)),
+    "transformer": (
+        dict(backbone="dinov2-tiny", head="linear"),
+        dict(MatMulIntegerToFloat=24, MatMul=4, FusedMatMul=4),
+    ),
 }
 
 
@@ -208,8 +211,7 @@ def test_a_quantized_network_runs_in_integers_with_our_scales(kind, tmp_path, re
     quantized(model)
     assert export(model, path) == export_onnx.OPSET
     with quantize.simulated(model):
-        found = check(path, model, [blocks(1, 64, 96)[0], blocks(3, 51, 70)[0]], info=INFO, repeats=1)
-    print(found)
+        check(path, model, [blocks(1, 64, 96)[0], blocks(3, 51, 70)[0]], info=INFO, repeats=1)
     in_bytes = sum(layer.quantized_params for layer in quantize.quant_layers(model).values())
     in_floats = models.count_params(model)[0] - in_bytes
     assert path.stat().st_size < in_bytes + 4 * in_floats + 150_000  # of the graph itself
@@ -223,8 +225,33 @@ def test_a_quantized_network_runs_in_integers_with_our_scales(kind, tmp_path, re
         )
         assert any(np.array_equal(v, layer.weight_scale.numpy()) for v in held.values())
     found = operators(path)
-    print(found)
     assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("options", [{}, dict(group_size=40), dict(bits=4), dict(bits=4, group_size=40)], ids=str)
+def test_quantized_weights_alone_are_stored_in_their_bits(options, tmp_path):
+    model, path = make(backbone="conv-tiny", head="linear"), tmp_path / "net.onnx"
+    quantized(model, "weight-only", **options)
+    opset = export(model, path, size=(40, 56))
+    check(path, model, [pixels(2, 3, 40, 56)], info=INFO, repeats=1)  # classes may differ by 1%
+    held = onnx.load(path).graph.initializer
+    stored = onnx.TensorProto.INT4 if options.get("bits") == 4 else onnx.TensorProto.INT8
+    assert sum(t.data_type == stored for t in held) == len(quantize.quant_layers(model))
+    assert not [t.name for t in held if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 4]
+    if options:
+        assert opset == 21
+        with pytest.raises(ModelError, match="--opset 20: weights of 4 bits, or scaled in groups, are in 21 and newer"):
+            export(model, path, opset=20)
+
+
+def test_what_has_no_ranges_or_no_int8_weights_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="dynamic finds ranges at run time"):
+        export(quantized(make(), "dynamic"), tmp_path / "net.onnx")
+    model = make()
+    quantize.prepare(model, normalised(pixels(1, 3, 40, 56)))
+    with pytest.raises(ModelError, match="quantized in simulation"):
+        export(model, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_documented_exceptions_are_rows_and_say_why(monkeypatch, tmp_path):
