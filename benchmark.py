@@ -18,12 +18,14 @@ peak_memory_mb: MiB, of a fresh process that loads the network and runs it: its 
 energy_j: joules an image above those of the idle machine, by RAPL or NVML. They meter the package or the GPU, so
     whatever else runs there counts as well.
 miou: of evaluate.evaluate() on the checkpoint's own val split and size, in PyTorch and in the dtype measured.
-    agreement says how many percent of the pixels (of noise) a row puts into the class that PyTorch's float32 does.
+    agreement says how many percent of the pixels (of noise) a row puts into the class that PyTorch's float32 does, and
+    for a quantized network its int8 kernels.
 
 What cannot be measured is null, and `reasons` says why.
 """
 
 import argparse
+import contextlib
 import csv
 import importlib
 import importlib.metadata
@@ -56,10 +58,12 @@ from models import (
     NETWORKS,
     ModelError,
     build_model,
+    compression_summary,
     count_params,
     fold_batchnorm,
     load_checkpoint,
     model_name,
+    quantization,
     read_checkpoint,
 )
 
@@ -104,9 +108,10 @@ def prepare(model, device, dtype):
 
     Changed in place. channels_last is what convolutions run fastest in, and transformers do not mind. Casting is faster
     than autocast, which casts the weights again in every call. A BatchNorm that could not be folded keeps float32
-    statistics, which bfloat16 would round.
+    statistics, which bfloat16 would round. A quantized network has been folded when it was quantized.
     """
-    fold_batchnorm(model.eval())
+    if not quantization(model):
+        fold_batchnorm(model.eval())
     model = model.to(device, dtype, memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -139,6 +144,8 @@ def torch_runner(model, images, dtype, threads=None, path=None):
 
 
 def compile_runner(model, images, dtype, threads=None, path=None):
+    if quantization(model):
+        raise ModelError("torch.compile does not take the lazy tensors of a quantized network")
     # Networks share the code of forward(), and the ninth version of one piece of code would silently stay uncompiled.
     torch._dynamo.config.recompile_limit = 256
     # freezing: weights become constants, which a CPU then keeps in the layout that its convolutions want.
@@ -182,7 +189,13 @@ def open_openvino(path, threads, bf16):
 
 def export_onnx(model, images, path):
     """Write the network as an ONNX file for images of this one shape, weights inside."""
-    torch.onnx.export(model, (images,), path, dynamo=True, external_data=False, verbose=False)
+    options, quantizer = {}, quantization(model)
+    if quantizer:
+        options, model = dict(opset_version=quantizer.onnx_opset(model)), quantizer.onnx_form(model)
+    program = torch.onnx.export(model, (images,), dynamo=True, verbose=False, **options)
+    if quantizer:
+        quantizer.pack_onnx(program.model, model)
+    program.save(path, external_data=False)
 
 
 class Backend(NamedTuple):
@@ -249,7 +262,8 @@ def profile(model, images, *, runs, clock=time.perf_counter):
     """Where the time goes: {"types", "slowest", "hooks_add_percent"}, of `runs` calls with a clock at each module.
 
     The time of a module is its own: what its children took is subtracted, and what its forward() computes by itself
-    (resizing, concatenating, attention's products) stands under its name; so the times add up to the whole.
+    (resizing, concatenating, attention's products) stands under its name; so the times add up to the whole. A quantized
+    layer computes when its output is read: that is its own time, not that of the reader.
     hooks_add_percent: by how much the clocks slow the whole down, by the medians of calls with and without them in
     turn. On a GPU, where each clock waits for the kernels before it, that is a lot.
     """
@@ -263,25 +277,42 @@ def profile(model, images, *, runs, clock=time.perf_counter):
         stack.append([clock(), 0.0])  # start, seconds of the children
 
     def leave(module, _inputs, _output):
+        close(module)
+        calls[module] += 1
+
+    def close(module):
         synchronize()
         start, inner = stack.pop()
         total = clock() - start
         own[module] += total - inner
-        calls[module] += 1
         if stack:
             stack[-1][1] += total
 
+    def timed(layer, compute):
+        def run(*args):
+            enter(layer, args)
+            y = compute(*args)
+            close(layer)
+            return y
+
+        return run
+
+    late = [module for module in names if hasattr(module, "compute")]
     plain, hooked = [], []
     run()
     for _ in range(runs):
         for seconds, hooks in ((plain, ()), (hooked, names)):
             handles = [m.register_forward_pre_hook(enter) for m in hooks]
             handles += [m.register_forward_hook(leave) for m in hooks]
+            for layer in late if hooks else ():
+                layer.compute = timed(layer, layer.compute)
             start = clock()
             run()
             seconds.append(clock() - start)
             for handle in handles:
                 handle.remove()
+            for layer in late if hooks else ():
+                del layer.compute
 
     def line(modules):
         ms = 1000 * sum(own[m] for m in modules) / runs
@@ -487,9 +518,12 @@ class Subject(NamedTuple):
     reasons: dict  # key of a row -> why it is null
 
 
-def open_subject(weights, build, *, size, batch, dry_run):
+def open_subject(weights, build, *, size, batch, dry_run, dtype="float32"):
     """Load one network, find its data, count it -> Subject, the network still in float32."""
     model, checkpoint = load_network(weights, build)
+    quantizer = quantization(model)
+    if quantizer and dtype != "float32":
+        raise ModelError(f"{weights} is quantized: it computes in int8 and float32, not in --dtype {dtype}")
     dataset, reasons = None, {}
     if checkpoint is None:
         reasons["miou"] = "the network is untrained"
@@ -508,20 +542,29 @@ def open_subject(weights, build, *, size, batch, dry_run):
     if not size:
         raise ModelError(f"{weights}: how large are its images? Its data are not here to tell; give --size H W")
     shape = (batch, 3, *map(int, size))
+    with quantizer.simulated(model) if quantizer else contextlib.nullcontext():  # its int8 kernels count as nothing
+        macs = evaluate.count_macs(model, make_images(shape))
     about = {
         "weights": weights,
         "model": model_name(model.build),
-        "compression": checkpoint["compression"] if checkpoint else [],
+        "compression": compression_summary(checkpoint["compression"]) if checkpoint else [],
         "pretrained": checkpoint["pretrained"] if checkpoint else "no",
         "dataset": checkpoint["data"]["name"] if checkpoint else None,
         "size": list(shape[2:]),
         "batch": batch,
         "params": count_params(model)[0],
-        "nonzero_params": sum(int(p.count_nonzero()) for p in model.parameters()),
-        "macs": evaluate.count_macs(model, make_images(shape)),
+        "nonzero_params": nonzero_params(model),
+        "macs": macs,
         "file_mb": evaluate.weights_mb(weights, state),
     }
     return Subject(weights, dict(model.build), model, dataset, shape, about, reasons)
+
+
+@torch.no_grad()
+def nonzero_params(model):
+    """How many parameters are not 0, quantized ones included."""
+    quantized = [m.weight for m in model.modules() if getattr(m, "quantized_params", 0)]
+    return sum(int(p.count_nonzero()) for p in (*model.parameters(), *quantized))
 
 
 def open_rows(subject, backends, *, device, dtype, threads, folder):
@@ -596,7 +639,7 @@ def measure(wanted, *, backends, device, dtype, threads, runs, size, batch, miou
     with tempfile.TemporaryDirectory() as folder:
         entries = []  # (subject, row, callable or None, ONNX file or None)
         for weights, build in tqdm(wanted, desc="load", leave=False):
-            subject = open_subject(weights, build, size=size, batch=batch, dry_run=dry_run)
+            subject = open_subject(weights, build, size=size, batch=batch, dry_run=dry_run, dtype=dtype)
             opened = open_rows(subject, backends, device=device, dtype=dtype, threads=threads, folder=folder)
             entries += [(subject, *rest) for rest in opened]
         running = [entry for entry in entries if entry[2]]
@@ -639,6 +682,8 @@ def compression_text(steps):
     texts = []
     for step in steps or ():
         words = step.values() if isinstance(step, dict) else [step]
+        if isinstance(step, dict) and "bits" in step:
+            words = (step["method"], f"int{step['bits']}")
         texts.append(" ".join(str(w) for w in words if isinstance(w, str)))
     return " + ".join(texts)
 
@@ -925,6 +970,17 @@ def write(rows, out):
     draw(rows, out / "benchmark.png")
 
 
+def profile_by_type(rows):
+    """A line for each layer type, with its milliseconds in each row; QuantConv2d and so on stand beside Conv2d."""
+    lines = {}
+    for row in rows:
+        for found in row["profile"]["types"]:
+            line = lines.setdefault(found["type"].removeprefix("Quant"), {})
+            line[row["name"]] = line.get(row["name"], 0.0) + found["ms"]
+    slowest = sorted(lines, key=lambda name: -max(lines[name].values()))
+    return [{"ms in": name} | {row["name"]: lines[name].get(row["name"]) for row in rows} for name in slowest]
+
+
 def print_profile(row):
     """The two tables of --profile for one row."""
     print(f"\n{row['name']}: the clocks at each layer add {row['profile']['hooks_add_percent']:.1f}% to the whole")
@@ -1000,6 +1056,10 @@ def main(argv=None):
     write(rows, out)
     evaluate.print_table(table(rows))
     print("\n".join(["", *notes(rows)]))
+    profiled = [row for row in rows if row.get("profile")]
+    if len(profiled) > 1:
+        print()
+        evaluate.print_table(profile_by_type(profiled))
     for row in rows:
         if row.get("profile"):
             print_profile(row)

@@ -16,6 +16,7 @@ import benchmark
 import datasets
 import evaluate
 import models
+import quantize
 from models import ModelError
 
 CPU = torch.device("cpu")
@@ -417,6 +418,85 @@ def no_memory(*_args, **_kwargs):
     return {"peak_memory_mb": 1.0, "memory_added_mb": 0.5}
 
 
+@pytest.fixture(scope="module")
+def quantized_rows(tmp_path_factory):
+    """(folder, quantized network, rows of its float and its int8 checkpoint on three backends)."""
+    folder = tmp_path_factory.mktemp("quantized")
+    args = {"data_root": None}
+    weights = save(folder / "float.pt", args=args)
+    model, checkpoint = models.load_checkpoint(weights)
+    images = torch.randn(1, 3, 32, 64)
+    done = quantize.prepare(model, images)
+    quantize.calibrate(model, [images])
+    quantize.convert(model)
+    step = {"step": "quantize", "method": "ptq", "bits": 8, "group_size": 0, "attention": "float32", "relu6": []}
+    step |= done._asdict() | {"state": "int8", "outputs": quantize.observe_outputs(model, [images])}
+    kept = {key: checkpoint[key] for key in ("data", "pretrained", "command")}
+    models.save_checkpoint(folder / "int8.pt", model, compression=[step], args=args, **kept)
+    flags = ["--weights", weights, str(folder / "int8.pt"), "--backend", "torch", "onnxruntime", "openvino"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "peak_memory", no_memory)
+        flags += ["--profile", "--dry-run", "--threads", "1", "--no-miou", "--out", str(folder)]
+        rows = benchmark.main(flags)
+    return folder, model, rows
+
+
+def test_rows_of_a_quantized_network(quantized_rows):
+    _, _, rows = quantized_rows
+    floats, int8 = rows[:3], rows[3:]
+    assert [row["name"] for row in int8] == [
+        f"resnet18 + linear, ptq int8, {b}" for b in ("torch", "onnxruntime", "openvino")
+    ]
+    for row, before in zip(int8, floats, strict=True):
+        assert row["compression"] == [{"step": "quantize", "method": "ptq", "bits": 8}]
+        assert row["latency_ms"] > 0, row["reasons"]
+        assert row["macs"] == before["macs"] > 0
+        assert 0.9 < row["params"] / before["params"] < 1  # without those of BatchNorm
+        assert 0.9 * row["params"] < row["nonzero_params"] <= row["params"]
+        assert row["file_mb"] < 0.3 * before["file_mb"]
+        assert row["agreement"] > 80  # random weights, noise
+    for row, before in zip(int8[1:], floats[1:], strict=True):
+        assert row["onnx_mb"] < 0.3 * before["onnx_mb"]
+
+
+def test_profiles_stand_side_by_side_by_layer_type(quantized_rows):
+    _, _, rows = quantized_rows
+    profiled = [row for row in rows if row["profile"]]
+    lines = {line.pop("ms in"): line for line in benchmark.profile_by_type(profiled)}
+    assert all(value > 0 for value in lines["Conv2d"].values())
+    assert list(lines["Conv2d"]) == [row["name"] for row in profiled]
+
+
+def test_a_quantized_layer_is_given_the_time_of_its_kernel_which_runs_when_it_is_read():
+    clock = Clock()
+
+    class Late(nn.Module):
+        def compute(self, x):
+            clock.now += 3
+            return x
+
+        def forward(self, x):
+            clock.now += 1
+            return lambda: self.compute(x)
+
+    class Reader(nn.Module):
+        def forward(self, x):
+            clock.now += 5
+            return x()
+
+    done = benchmark.profile(nn.Sequential(Late(), Reader()), torch.zeros(1), runs=2, clock=clock)
+    assert {row["type"]: (row["ms"], row["calls"]) for row in done["types"] if row["ms"]} == {
+        "Late": (4000, 1), "Reader": (5000, 1)}  # fmt: skip
+
+
+def test_a_quantized_network_takes_neither_bf16_nor_compilation(quantized_rows):
+    folder, model, _ = quantized_rows
+    with pytest.raises(ModelError, match=r"int8.pt is quantized: .* not in --dtype bf16"):
+        benchmark.main(["--weights", str(folder / "int8.pt"), "--dtype", "bf16", "--out", str(folder)])
+    with pytest.raises(ModelError, match=r"torch.compile does not take"):
+        benchmark.compile_runner(model, torch.zeros(1, 3, 32, 64), torch.float32)
+
+
 def test_an_untrained_network_and_a_dry_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "peak_memory", no_memory)
@@ -503,7 +583,7 @@ def made_up(count=12, backends=("torch",), data=("synthetic",)):
 def test_rows_are_named_by_what_tells_them_apart():
     names = [row["name"] for row in made_up()]
     assert names[:2] == ["dinov2-small + fpn", "resnet18 + unet"]
-    assert names[8:11] == [f"resnet18 + unet, {s}" for s in ("quantize qat", "prune magnitude", "prune structured")]
+    assert names[8:11] == [f"resnet18 + unet, {s}" for s in ("qat int8", "prune magnitude", "prune structured")]
     two = [row["name"] for row in made_up(2, ("torch", "compile"), ("synthetic", "camvid"))]
     assert two[:2] == ["dinov2-small + fpn, synthetic, torch", "dinov2-small + fpn, synthetic, compile"]
     assert len(set(two)) == 8
