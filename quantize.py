@@ -1283,11 +1283,7 @@ class OnnxPoint(Point):
     """A point of a network in export: bytes are made by QuantizeLinear and read by DequantizeLinear."""
 
     def quantize(self, x):
-        kept, q = self.last
-        if kept() is not x:
-            q = _operator_of_onnx("QuantizeLinear", x.float(), self.scale, self.zero_point, dtype=torch.uint8)
-            self.last = (weakref.ref(x), q)
-        return q
+        return _operator_of_onnx("QuantizeLinear", x.float(), self.scale, self.zero_point, dtype=torch.uint8)
 
     def dequantize(self, q):
         if q.is_floating_point():
@@ -1297,7 +1293,7 @@ class OnnxPoint(Point):
     @classmethod
     def of(cls, point):
         """Turn a Point into this, with a zero point of the type that the operators want."""
-        point.__class__, point.zero_point, point.last = cls, point.zero_point.to(torch.uint8), Point().last
+        point.__class__, point.zero_point = cls, point.zero_point.to(torch.uint8)
         return point
 
 
