@@ -51,6 +51,15 @@ def small(name, rows):
     return same[0] if same else name
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors here are tiny: a second thread would only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def conv_row():
     """BACKBONES["conv-tiny"]: four convolutions, for the tests in which the network does not matter."""
@@ -161,7 +170,7 @@ def decided(**build):
     """A network that has learned what blocks() asks for: of one with random weights, noise decides the classes."""
     torch.manual_seed(0)
     model = build_model(num_classes=3, **build).train()
-    images, target = blocks(4, 64, 96)
+    images, target = blocks(2, 64, 96)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(30):
         loss = F.cross_entropy(model(normalised(images)), target)
