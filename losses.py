@@ -81,8 +81,17 @@ def boundary_map(target, ignore_index, width):
     return valid & (window_max(ids) != -window_max(-ids))
 
 
+def _log_likelihood(logits, target, ignore_index):
+    """log p (N, K, H, W), and -log p of the true class (N, H, W), 0 where ignored: what all that follow start from.
+
+    A loss of two parts computes it once: on a CPU the softmax and its gradient cost more than all the rest.
+    """
+    log_p = logits.log_softmax(1)
+    return log_p, F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="none")
+
+
 def _pixel_cross_entropy(
-    logits, target, ignore_index, *, weight=None, label_smoothing=0.0, boundary_weight=0.0, boundary_width=None
+    log_p, nll, target, ignore_index, *, weight=None, label_smoothing=0.0, boundary_weight=0.0, boundary_width=None
 ):
     """Loss and weight of each pixel (N, H, W), 0 where ignored; F.cross_entropy's mean is the ratio of their sums.
 
@@ -90,14 +99,16 @@ def _pixel_cross_entropy(
     spread over all classes; boundary_weight, by which the weight 1 of a pixel in boundary_map(boundary_width) grows, as
     w0 does in U-Net's distance map (Ronneberger et al. 2015, eq. 2; here a band of constant weight).
     """
-    weight = None if weight is None else weight.to(logits.dtype)
-    # reduction="none": for 4-D logits PyTorch's own sum and mean are not deterministic on CUDA
-    loss = F.cross_entropy(
-        logits, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
-    weights = target != ignore_index
+    loss, weights = nll, target != ignore_index
+    weight = None if weight is None else weight.to(log_p.dtype)
+    if label_smoothing:
+        mean = log_p.mean(1) if weight is None else torch.einsum("nkhw,k->nhw", log_p, weight / len(weight))
+        spread = label_smoothing * -mean * weights
     if weight is not None:
         weights = weight[target.where(weights, 0)] * weights  # 255 must never be an index
+        loss = nll * weights
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss + spread
     if boundary_weight:
         factor = 1 + boundary_weight * boundary_map(target, ignore_index, boundary_width)
         loss, weights = loss * factor, weights * factor
@@ -111,7 +122,8 @@ def cross_entropy(logits, target, *, ignore_index=255, **options):
     Equals F.cross_entropy, but for a batch with nothing to average (0, not NaN) and for the mean over ranks: one rank
     returns its sum * ranks / global count, which may be far from its own mean; the average over ranks is the mean.
     """
-    loss, weights = _pixel_cross_entropy(logits, target, ignore_index, **options)
+    pixels = _log_likelihood(logits, target, ignore_index)
+    loss, weights = _pixel_cross_entropy(*pixels, target, ignore_index, **options)
     return _global_mean(loss.sum(), weights.sum())
 
 
@@ -123,8 +135,8 @@ def focal_loss(logits, target, *, gamma, ignore_index=255, **options):
     """
     if gamma < 0:
         raise ValueError(f"the focal loss needs gamma >= 0, got {gamma}")
-    loss, weights = _pixel_cross_entropy(logits, target, ignore_index, **options)
-    nll = _pixel_cross_entropy(logits, target, ignore_index)[0] if options else loss
+    log_p, nll = _log_likelihood(logits, target, ignore_index)
+    loss, weights = _pixel_cross_entropy(log_p, nll, target, ignore_index, **options)
     # expm1 keeps the digits of a small 1 - p. The clamp stops the gradient at p = 1: gamma < 1 makes it infinite there.
     miss = (-torch.expm1(-nll)).clamp(min=torch.finfo(nll.dtype).tiny)
     return _global_mean((miss**gamma * loss).sum(), weights.sum())
@@ -140,10 +152,10 @@ def ohem_cross_entropy(logits, target, *, thresh, min_kept, ignore_index=255, **
     """
     if not 0 < thresh <= 1 or min_kept < 0:
         raise ValueError(f"OHEM needs 0 < thresh <= 1 and min_kept >= 0, got {thresh} and {min_kept}")
-    loss, weights = _pixel_cross_entropy(logits, target, ignore_index, **options)
+    log_p, nll = _log_likelihood(logits, target, ignore_index)
+    loss, weights = _pixel_cross_entropy(log_p, nll, target, ignore_index, **options)
     with torch.no_grad():
         # Rank by -log p, not by p: the p of very wrong pixels underflows to 0.
-        nll = _pixel_cross_entropy(logits, target, ignore_index)[0] if options else loss
         nll = nll.masked_fill(target == ignore_index, -math.inf)
         keep = nll > -math.log(thresh)
         if min_kept > 0:
@@ -155,19 +167,17 @@ def ohem_cross_entropy(logits, target, *, thresh, min_kept, ignore_index=255, **
 # ---- region losses ----
 
 
-def _tversky_per_class(logits, target, ignore_index, alpha=0.5, beta=0.5):
+def _tversky_per_class(log_p, nll, target, ignore_index, alpha=0.5, beta=0.5):
     """1 - Tversky index of each class over the batch (K,), 0 for classes not in the target, and which are in it (K,).
 
     With the defaults the index is Dice.
     """
-    valid = target != ignore_index  # masks p like y: a probability at an ignored pixel is no false positive
-    log_p, k = logits.log_softmax(1), logits.shape[1]
-    total = (log_p.exp() * valid.unsqueeze(1)).sum((0, 2, 3))  # (K,): sum p
+    valid = (target != ignore_index).to(log_p.dtype)  # masks p like y: an ignored pixel is no false positive
+    total = (log_p.exp().flatten(2) @ valid.flatten(1).unsqueeze(2)).sum((0, 2))  # (K,): sum p
     # sum(p y) without a one-hot (N, K, H, W): the true class's p, added up by class
-    true_p = (-F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="none")).exp() * valid  # (N, H, W)
-    classes = target.where(valid, 0).flatten()
-    overlap = total.new_zeros(k).index_add(0, classes, true_p.flatten())
-    pixels = total.new_zeros(k).index_add(0, classes, valid.to(total.dtype).flatten())
+    classes = target.where(valid > 0, 0).flatten()
+    overlap = torch.zeros_like(total).index_add(0, classes, ((-nll).exp() * valid).flatten())
+    pixels = torch.zeros_like(total).index_add(0, classes, valid.flatten())
     present = pixels > 0
     # overlap + alpha * (total - overlap) + beta * (pixels - overlap): above 0 for a class in the target, so only the
     # absent ones need the 1, and no smoothing term is needed.
@@ -181,7 +191,11 @@ def dice_loss(logits, target, *, ignore_index=255):
 
     Milletari et al. 2016 (arXiv 1606.04797), without the squares.
     """
-    loss, present = _tversky_per_class(logits, target, ignore_index)
+    return _dice(*_log_likelihood(logits, target, ignore_index), target, ignore_index)
+
+
+def _dice(log_p, nll, target, ignore_index):
+    loss, present = _tversky_per_class(log_p, nll, target, ignore_index)
     return _mean(loss.sum(), present.sum())
 
 
@@ -194,7 +208,8 @@ def tversky_loss(logits, target, *, alpha, beta, ignore_index=255):
     """
     if alpha < 0 or beta <= 0:
         raise ValueError(f"the Tversky loss needs alpha >= 0 and beta > 0, got {alpha} and {beta}")
-    loss, present = _tversky_per_class(logits, target, ignore_index, alpha, beta)
+    pixels = _log_likelihood(logits, target, ignore_index)
+    loss, present = _tversky_per_class(*pixels, target, ignore_index, alpha, beta)
     return _mean(loss.sum(), present.sum())
 
 
@@ -236,10 +251,12 @@ def lovasz_softmax(logits, target, *, ignore_index=255):
     return total / len(present)
 
 
+@_in_float32
 def ce_dice(logits, target, *, ignore_index=255, **options):
     """cross_entropy (with its options) + dice_loss (without), one to one, as in nnU-Net (Isensee et al. 2021)."""
-    ce = cross_entropy(logits, target, ignore_index=ignore_index, **options)
-    return ce + dice_loss(logits, target, ignore_index=ignore_index)
+    pixels = _log_likelihood(logits, target, ignore_index)
+    loss, weights = _pixel_cross_entropy(*pixels, target, ignore_index, **options)
+    return _global_mean(loss.sum(), weights.sum()) + _dice(*pixels, target, ignore_index)
 
 
 # ---- binary tasks: logits (N, 2, H, W) of background and foreground ----
@@ -263,7 +280,7 @@ def bce(logits, target, *, ignore_index=255, **options):
 def bce_dice(logits, target, *, ignore_index=255, **options):
     """bce + soft Dice of the foreground alone, one to one; the Dice part is 0 for a batch without foreground."""
     ce = bce(logits, target, ignore_index=ignore_index, **options)
-    return ce + _tversky_per_class(logits, target, ignore_index)[0][1]
+    return ce + _tversky_per_class(*_log_likelihood(logits, target, ignore_index), target, ignore_index)[0][1]
 
 
 # ---- sets of masks: what Mask2Former is trained with ----
