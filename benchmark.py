@@ -399,70 +399,6 @@ def peak_memory(backend, *, weights, build, device, dtype, shape, threads, path=
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ---- energy ---------------------------------------------------------------------------------------------------------
-
-
-def rapl_meter(root="/sys/class/powercap"):
-    """A function that gives the joules used so far by all CPU packages, though their counters wrap around.
-
-    Call it more often than they do (minutes). OSError where there are none, or only root may read them.
-    """
-    zones = [d for d in sorted(Path(root).glob("intel-rapl:*")) if (d / "name").read_text().startswith("package")]
-    if not zones:
-        raise OSError(f"no RAPL package under {root}")
-    ranges = [int((d / "max_energy_range_uj").read_text()) for d in zones]
-
-    def read():
-        return [int((d / "energy_uj").read_text()) for d in zones]
-
-    last, total = read(), 0
-
-    def joules():
-        nonlocal last, total
-        now = read()
-        total += sum((new - old) % top for new, old, top in zip(now, last, ranges, strict=True))
-        last = now
-        return total / 1e6
-
-    return joules
-
-
-def nvml_meter(device):
-    """A function that gives the joules used so far by the GPU. OSError where NVML or its counter is missing."""
-    try:
-        import pynvml
-    except ImportError:
-        raise OSError("NVML needs a package: pip install nvidia-ml-py") from None
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError as error:
-        raise OSError(f"NVML: {error}") from None
-    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000  # millijoules since the driver started
-
-
-def measure_energy(run, meter, *, seconds, batch, clock=time.perf_counter, sleep=time.sleep):
-    """Joules an image above idle, {"energy_j", "idle_watts"}: idle for `seconds`, then calls for at least as long."""
-
-    def spend(work):
-        joules, start = meter(), clock()
-        calls = work(start)
-        return meter() - joules, clock() - start, calls
-
-    def calls_until(start):
-        calls = 0
-        while clock() - start < seconds or calls == 0:
-            run()
-            calls += 1
-        return calls
-
-    idle_joules, idle_seconds, _ = spend(lambda _: sleep(seconds))
-    idle = idle_joules / idle_seconds
-    used, elapsed, calls = spend(calls_until)
-    return {"energy_j": (used - idle * elapsed) / (calls * batch), "idle_watts": idle}
-
-
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
@@ -633,7 +569,7 @@ def measure(wanted, *, backends, device, dtype, threads, runs, size, batch, miou
         print(f"warning: this machine was busy (load {machine['load']}): latencies are too high", file=sys.stderr)
     torch.set_num_threads(threads)
     try:
-        meter, no_energy = (nvml_meter(device) if device.type == "cuda" else rapl_meter()), None
+        meter, no_energy = evaluate.energy_meter(device), None
     except OSError as error:
         meter, no_energy = None, str(error)
     with tempfile.TemporaryDirectory() as folder:
@@ -650,7 +586,7 @@ def measure(wanted, *, backends, device, dtype, threads, runs, size, batch, miou
         for (_, row, run, _), timed in zip(running, seconds, strict=True):
             row |= latency(timed, batch) | {"runs": len(timed)}
             if meter:
-                row |= measure_energy(run, meter, seconds=0.1 if dry_run else 2, batch=batch)
+                row |= evaluate.measure_energy(run, meter, seconds=0.1 if dry_run else 2, batch=batch)
         for subject, row, _, path in tqdm(running, desc="memory", leave=False):
             common = dict(device=device, dtype=dtype, shape=subject.shape, threads=threads, path=path)
             try:

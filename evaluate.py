@@ -437,6 +437,75 @@ def milliseconds(functions, repeats):
     return [statistics.median(taken) for taken in times]
 
 
+# ---- energy ---------------------------------------------------------------------------------------------------------
+
+
+def rapl_meter(root="/sys/class/powercap"):
+    """A function that gives the joules used so far by all CPU packages, though their counters wrap around.
+
+    Call it more often than they do (minutes). OSError where there are none, or only root may read them.
+    """
+    zones = [d for d in sorted(Path(root).glob("intel-rapl:*")) if (d / "name").read_text().startswith("package")]
+    if not zones:
+        raise OSError(f"no RAPL package under {root}")
+    ranges = [int((d / "max_energy_range_uj").read_text()) for d in zones]
+
+    def read():
+        return [int((d / "energy_uj").read_text()) for d in zones]
+
+    last, total = read(), 0
+
+    def joules():
+        nonlocal last, total
+        now = read()
+        total += sum((new - old) % top for new, old, top in zip(now, last, ranges, strict=True))
+        last = now
+        return total / 1e6
+
+    return joules
+
+
+def nvml_meter(device):
+    """A function that gives the joules used so far by the GPU. OSError where NVML or its counter is missing."""
+    try:
+        import pynvml
+    except ImportError:
+        raise OSError("NVML needs a package: pip install nvidia-ml-py") from None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        raise OSError(f"NVML: {error}") from None
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000  # millijoules since the driver started
+
+
+def energy_meter(device):
+    """nvml_meter() or rapl_meter(), whichever the device has; OSError, which says why, where there is none."""
+    return nvml_meter(device) if device.type == "cuda" else rapl_meter()
+
+
+def measure_energy(run, meter, *, seconds, batch, clock=time.perf_counter, sleep=time.sleep):
+    """Joules an image above idle, {"energy_j", "idle_watts"}: idle for `seconds`, then calls for at least as long."""
+
+    def spend(work):
+        joules, start = meter(), clock()
+        calls = work(start)
+        return meter() - joules, clock() - start, calls
+
+    def calls_until(start):
+        calls = 0
+        while clock() - start < seconds or calls == 0:
+            run()
+            calls += 1
+        return calls
+
+    idle_joules, idle_seconds, _ = spend(lambda _: sleep(seconds))
+    idle = idle_joules / idle_seconds
+    used, elapsed, calls = spend(calls_until)
+    return {"energy_j": (used - idle * elapsed) / (calls * batch), "idle_watts": idle}
+
+
 # ---- dense CRF ------------------------------------------------------------------------------------------------------
 
 

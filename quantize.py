@@ -182,11 +182,14 @@ class Point(nn.Module):
         self.theta, self.moving = None, 0.0
         self.int8, self.numbers = int8, (self.scale.item(), int(self.zero_point))
 
+    def gives_bytes(self, x):
+        return self.int8 and x.device.type == "cpu"
+
     def quantize(self, x):
         """float tensor -> bytes or fake-quantized floats; done once for all who read the same tensor."""
         if self.moving:
             self.move(x)
-        if not (self.int8 and x.device.type == "cpu"):
+        if not self.gives_bytes(x):
             return fake_quantize(x, self.learned_scale(), self.zero_point)
         kept, q = self.last
         if kept() is not x:
@@ -541,6 +544,14 @@ def _layout(name):
     return handler
 
 
+def _linear(x, weight, bias=None):
+    """Handler of F.linear() on a quantized layer's weight."""
+    layer = weight.pending[0] if isinstance(weight, Lazy) and weight.pending else None
+    if layer is None or weight.pending[2].attr != "weight" or bias is not layer.bias:
+        return NotImplemented
+    return layer(x)
+
+
 def _dropout(x, p=0.5, training=True, inplace=False):
     return NotImplemented if training else x
 
@@ -553,6 +564,22 @@ def _attention(query, key, value, *args, **kwargs):
     kwargs = {k: v.to(half) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in kwargs.items()}
     out = F.scaled_dot_product_attention(*(read(x, half) for x in (query, key, value)), *args, **kwargs)
     return _layout("contiguous")(wrap(out, half))
+
+
+def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+    """Handler of LayerNorm: into bytes, their scale and zero point go into its weights, which saves a pass."""
+    if not isinstance(x, Lazy) or weight is None or bias is None:
+        return NotImplemented
+
+    def make(what):
+        y = x.read()
+        if not (type(what) is Point and what.gives_bytes(y)):
+            return read(F.layer_norm(y, shape, weight, bias, eps), what)
+        scale, zero_point = what.numbers
+        y = F.layer_norm(y, shape, weight / scale, bias / scale + (zero_point + 0.5), eps)
+        return y.clamp_(*UINT8).to(torch.uint8)  # as to_bytes() does
+
+    return Lazy(make, x.shape, half=x.half)
 
 
 def wrap(x, half=None):
@@ -569,7 +596,7 @@ HANDLERS = (
     | {F.hardswish: _activation("hardswish", F.hardswish), F.silu: _activation("swish", F.silu)}
     | {F.gelu: _activation("gelu", F.gelu), F.dropout: _dropout, torch.cat: _cat}
     | dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool)
-    | {F.scaled_dot_product_attention: _attention}
+    | {F.scaled_dot_product_attention: _attention, F.layer_norm: _layer_norm, F.linear: _linear}
     | dict.fromkeys((torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__), _add)
 )
 MOVES = ("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "contiguous")
@@ -621,8 +648,8 @@ class QuantLayer(nn.Module):
 
     mode: "observe" (float; what it reads is observed), "float", or "fake" (simulated, and int8 once the points are).
     `values` is the float weight while it is simulated; `weight_q` takes its place when it is converted: int8 in the
-    weight's shape, or with 4 bits packed, and `weight_scale`, (outputs,) or, in groups, (outputs, groups). `weight` is
-    what the layer multiplies with. theta: logarithms of learned factors on the scales.
+    weight's shape, or with 4 bits packed, and `weight_scale`, (outputs,) or, in groups, (outputs, groups). theta:
+    logarithms of learned factors on the scales.
     """
 
     axis = 0  # of the weight's outputs
@@ -674,6 +701,11 @@ class QuantLayer(nn.Module):
 
     @property
     def weight(self):
+        """For those who call F.linear() themselves, which comes back to this layer; to all else the float weight."""
+        return Lazy(lambda what: read(self.dense(), what), self.shape, pending=(self, None, Post(attr="weight")))
+
+    def dense(self):
+        """What the layer multiplies with: the weight in float, quantized and dequantized unless the mode is "float"."""
         if self.weight_q is None:
             return self.fake_weight() if self.mode == "fake" else self.values
         if self.bits == 8 and not self.group_size:
@@ -815,7 +847,7 @@ class QuantConv2d(QuantLayer):
         return (*shape[:-3], self.out_channels, *size)
 
     def simulate(self, x):
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, self.dense(), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def packs(self, x):
         """The weight in the kernel's own layout, made once."""
@@ -864,7 +896,7 @@ class QuantLinear(QuantLayer):
         return (*shape[:-1], self.out_features)
 
     def simulate(self, x):
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.dense(), self.bias)
 
     def packs(self, x):
         if self.packed is None:
@@ -941,7 +973,7 @@ class QuantConvTranspose2d(QuantLayer):
         return (*shape[:-3], self.out_channels, *size)
 
     def simulate(self, x):
-        return F.conv_transpose2d(x, self.weight, self.bias, *self.options)
+        return F.conv_transpose2d(x, self.dense(), self.bias, *self.options)
 
 
 KINDS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.ConvTranspose2d: QuantConvTranspose2d}
@@ -1015,7 +1047,7 @@ def prepare(model, images, *, activations=True, skip=(), **options):
     """
     removed = simplify(model)
     candidates = {n: m for n, m in model.named_modules() if type(m) in KINDS and n not in skip}
-    macs, weights_only, left = run_hooked(model, images, candidates.values()), {}, dict.fromkeys(skip, "left out")
+    weights_only, left = {}, dict.fromkeys(skip, "left out")
     for name, layer in model.named_modules():
         if isinstance(layer, tuple(KINDS)) and type(layer) not in KINDS:
             left[name] = f"a {type(layer).__name__}"
@@ -1025,16 +1057,17 @@ def prepare(model, images, *, activations=True, skip=(), **options):
             continue
         if not KINDS[type(layer)].has_kernel(layer):
             weights_only[name] = "no int8 kernel"
-        elif layer not in macs:
-            weights_only[name] = "not called as a layer"
         model.set_submodule(name, KINDS[type(layer)](layer, **options))
     layers = quant_layers(model)
     if not layers:
         raise ModelError("no layer of this network can be quantized")
     called = {name: layer for name, layer in layers.items() if name not in weights_only}
-    plan = dict.fromkeys(layers, (None, None, False)) | (trace(model, images, called) if activations else {})
+    plan, macs = dict.fromkeys(layers, (None, None, False)), {}
+    if activations:
+        traced, macs = trace(model, images, called)
+        plan |= traced
+        weights_only |= {name: "not called as a layer" for name, row in traced.items() if row[0] is None}
     connect(model, plan)
-    macs = {name: macs.get(layer, 0) for name, layer in candidates.items()}
     return Prepared(plan, removed, left, weights_only if activations else {}, macs)
 
 
@@ -1066,24 +1099,8 @@ def remove(model, names):
     model.frozen = [*model.frozen, *(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))]
 
 
-def run_hooked(model, images, layers):
-    """Run the network -> {layer: multiply-accumulates an image} of those of `layers` that were called."""
-    macs = {}
-
-    def count(layer, inputs, output):
-        each = math.prod(layer.weight.shape) // layer.weight.shape[0]
-        places = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
-        macs[layer] = macs.get(layer, 0) + places.numel() // len(images) * each
-
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    model(images)
-    for hook in hooks:
-        hook.remove()
-    return macs
-
-
 def trace(model, images, layers):
-    """Who reads what: {name: see connect()}."""
+    """Who reads what -> {name: see connect()}, and {name: multiply-accumulates an image}."""
     tracer = Tracer()
     for layer in layers.values():
         layer.tracer = tracer
@@ -1101,7 +1118,11 @@ def trace(model, images, layers):
     for _, x in tracer.adds:
         if isinstance(x, Lazy) and x.pending is not None:
             plan[x.pending[0]][1] = numbers.setdefault(groups[id(x)], len(numbers))
-    return {name: plan[layer] for name, layer in layers.items()}
+    macs = dict.fromkeys(plan, 0)
+    for layer, x in tracer.reads:
+        places = x.shape if isinstance(layer, QuantConvTranspose2d) else layer.output_shape(x.shape)
+        macs[layer] += math.prod(places) // len(images) * (math.prod(layer.shape) // layer.shape[0])
+    return tuple({name: found[layer] for name, layer in layers.items()} for found in (plan, macs))
 
 
 def connect(model, plan, kind=Point):
@@ -1305,7 +1326,7 @@ class OnnxLayer(QuantLayer):
         return True
 
     def lay_out(self):
-        """Set what `weight` reads: a Linear's as the matrix product takes it."""
+        """Set what dense() reads: a Linear's as the matrix product takes it."""
         outputs, q = self.shape[self.axis], self.weight_q
         places = {"axis": self.axis}
         if self.bits == 4 or self.group_size:  # (outputs, inputs)
@@ -1323,8 +1344,7 @@ class OnnxLayer(QuantLayer):
             self.output.set_range(*map(torch.tensor, self.output_range))
             OnnxPoint.of(self.output)
 
-    @property
-    def weight(self):
+    def dense(self):
         q, scale, places = self.read_weight
         weight = _operator_of_onnx("DequantizeLinear", q, scale, dtype=torch.float32, **places)
         if isinstance(self, QuantLinear):
@@ -1994,6 +2014,7 @@ def report(float_model, out, rows, *, args, command, val_set, device, seconds, h
 
     calls = [functools.partial(run, float_model), functools.partial(run, model)]
     times = evaluate.milliseconds(calls, 1 if args.dry_run else 10)
+    energy, no_energy = energy_of(calls, device, seconds=0.1 if args.dry_run else 2)
     total_macs = evaluate.count_macs(float_model, image)
     layers = quant_layers(model)
     wrong = {name: "its int8 kernel is wrong on this machine" for name, layer in layers.items() if layer.right is False}
@@ -2002,8 +2023,9 @@ def report(float_model, out, rows, *, args, command, val_set, device, seconds, h
     done |= {
         "before": before,
         "miou_fake_quantized": rows["fake quantized"]["miou"] if "fake quantized" in rows else None,
-        "latency_ms": times[1], "latency_ms_before": times[0], "int8_kernels": bool(int8) and kernels(),
-        "layers": len(entry["macs"]) + len(entry["left"]), "int8_layers": len(int8),
+        "latency_ms": times[1], "latency_ms_before": times[0], "energy_j": energy[1], "energy_j_before": energy[0],
+        "int8_kernels": bool(int8) and kernels(),
+        "layers": len(entry["plan"]) + len(entry["left"]), "int8_layers": len(int8),
         "float_layers": entry["left"] | entry["weights_only"] | wrong,
         "quantized_macs_percent": 100 * sum(entry["macs"].get(name, 0) for name in int8) / total_macs,
         "quantized_params_percent": 100 * quantized / models.count_params(model)[0],
@@ -2017,11 +2039,14 @@ def report(float_model, out, rows, *, args, command, val_set, device, seconds, h
           f"{done['quantized_params_percent']:.1f}% of the parameters in {args.bits} bits")  # fmt: skip
     size = {"float": before["file_mb"], "converted": done["file_mb"]}
     latency = {"float": times[0], "converted": times[1]}
+    joules = {"float": energy[0], "converted": energy[1]}
     evaluate.print_table([
         {"network": name, "mIoU": row["miou"], "mAcc": row["macc"], "aAcc": row["aacc"], "file, MiB": size.get(name),
-         "latency, ms": latency.get(name)}
+         "latency, ms": latency.get(name), **({} if no_energy else {"energy, J": joules.get(name)})}
         for name, row in rows.items()
     ])  # fmt: skip
+    if no_energy:
+        print(f"no energy: {no_energy}")
     if times[1] > times[0]:
         print(f"slower than float: {times[1]:.1f} ms against {times[0]:.1f}")
     if int8 and not kernels():
@@ -2029,6 +2054,15 @@ def report(float_model, out, rows, *, args, command, val_set, device, seconds, h
     print(f"{done['file_mb'] / before['file_mb']:.3f} of the size, {times[0] / times[1]:.2f} times as fast; "
           f"{out / 'best.pt'}; results.json and figures beside it")  # fmt: skip
     return done
+
+
+def energy_of(calls, device, *, seconds):
+    """([joules of a call of each of `calls`], None), or ([None, ...], why there is no meter)."""
+    try:
+        meter = evaluate.energy_meter(device)
+    except OSError as error:
+        return [None] * len(calls), str(error)
+    return [evaluate.measure_energy(call, meter, seconds=seconds, batch=1)["energy_j"] for call in calls], None
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ def test_rapl_adds_packages_and_wraps_around(tmp_path):
     rapl_zone(tmp_path, "intel-rapl:1", "package-1", 100, top=500_000)
     rapl_zone(tmp_path, "intel-rapl:0:0", "core", 5)
     rapl_zone(tmp_path, "intel-rapl:2", "psys", 5)
-    joules = benchmark.rapl_meter(tmp_path)
+    joules = evaluate.rapl_meter(tmp_path)
     assert joules() == 0
     rapl_zone(tmp_path, "intel-rapl:0", "package-0", 950_000)
     rapl_zone(tmp_path, "intel-rapl:0:0", "core", 900_000)  # is part of its package
@@ -246,11 +246,11 @@ def test_rapl_adds_packages_and_wraps_around(tmp_path):
 
 def test_rapl_says_why_it_is_not_there(tmp_path):
     with pytest.raises(OSError, match="no RAPL package under"):
-        benchmark.rapl_meter(tmp_path / "powercap")
+        evaluate.rapl_meter(tmp_path / "powercap")
     rapl_zone(tmp_path, "intel-rapl:0", "package-0", 1)
     (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
     with pytest.raises(OSError, match="energy_uj"):  # as PermissionError, which only root escapes, is one
-        benchmark.rapl_meter(tmp_path)
+        evaluate.rapl_meter(tmp_path)
 
 
 def test_energy_is_that_above_idle():
@@ -269,7 +269,7 @@ def test_energy_is_that_above_idle():
         used += seconds * 10
 
     used = 0.0
-    row = benchmark.measure_energy(run, lambda: used, seconds=2, batch=2, clock=clock, sleep=sleep)
+    row = evaluate.measure_energy(run, lambda: used, seconds=2, batch=2, clock=clock, sleep=sleep)
     assert frames == 16
     assert row == pytest.approx({"energy_j": (30 - 10) * 0.25 / 2, "idle_watts": 10})
 
@@ -277,7 +277,7 @@ def test_energy_is_that_above_idle():
 def test_nvml_counts_millijoules(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(OSError, match="nvidia-ml-py"):
-        benchmark.nvml_meter(torch.device("cuda"))
+        evaluate.nvml_meter(torch.device("cuda"))
     asked = []
     fake = types.ModuleType("pynvml")
     fake.NVMLError = type("NVMLError", (Exception,), {})
@@ -286,7 +286,7 @@ def test_nvml_counts_millijoules(monkeypatch):
     fake.nvmlDeviceGetTotalEnergyConsumption = lambda handle: {"handle": 12_500}[handle]
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="12-34"))
-    assert benchmark.nvml_meter(torch.device("cuda"))() == 12.5
+    assert evaluate.nvml_meter(torch.device("cuda"))() == 12.5
     assert asked == ["GPU-12-34"]
 
     def unsupported(_handle):
@@ -294,7 +294,7 @@ def test_nvml_counts_millijoules(monkeypatch):
 
     fake.nvmlDeviceGetTotalEnergyConsumption = unsupported
     with pytest.raises(OSError, match="NVML: Not Supported"):
-        benchmark.nvml_meter(torch.device("cuda"))
+        evaluate.nvml_meter(torch.device("cuda"))
 
 
 def test_the_machine_is_described_by_cpuinfo(tmp_path):
