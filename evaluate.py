@@ -414,10 +414,11 @@ def evaluate(
 
 
 def count_macs(model, images):
-    """Multiply-accumulates of one of the images. Attention is counted as the matrix products that it consists of."""
+    """Multiply-accumulates of one of the images: those of the logits, without their resizing to its size. Attention is
+    counted as the matrix products that it consists of."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: int_mm_flop})
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(images[:1])
+        model.decode(model.encode(images[:1])) if hasattr(model, "decode") else model(images[:1])
     return counter.get_total_flops() // 2
 
 

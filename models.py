@@ -70,6 +70,23 @@ def resize_to(x, size):
     )
 
 
+def enlarge(x, size):
+    """resize_to() a larger size. Coarse float32 maps on a CPU as two matrix products, (H, h) @ (N, C, h, w) @ (w, W):
+    the same numbers, several times faster, and so are their gradients."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[-1] > 64 or torch.compiler.is_exporting():
+        return resize_to(x, size)
+    rows, columns = (bilinear_weights(*lengths, x) for lengths in zip(x.shape[-2:], size, strict=True))
+    with torch.autocast("cpu", enabled=False):
+        return rows @ x.contiguous() @ columns.mT
+
+
+def bilinear_weights(length, size, like):
+    """(size, length): row i is what pixel i of a bilinear resize, without align_corners, takes of each input pixel."""
+    place = ((torch.arange(size, device=like.device) + 0.5) * (length / size) - 0.5).clamp(min=0)
+    pixel = torch.arange(length, device=like.device)
+    return (1 - (place.clamp(max=length - 1)[:, None] - pixel).abs()).clamp(min=0).to(like.dtype)
+
+
 def adaptive_pool(x, bins):
     """F.adaptive_avg_pool2d(x, bins) as two matrix products: ONNX has no adaptive pooling of a size it cannot know."""
     rows, columns = (bin_weights(n, bins, x) for n in x.shape[-2:])
@@ -1063,7 +1080,7 @@ class SegmentationModel(nn.Module):
     def resize(self, logits, size):
         """Low-resolution logits -> (N, K, H, W): bilinear to the padded size, cropped to `size`."""
         h, w = size
-        return resize_to(logits, self.padded(size))[..., :h, :w]
+        return enlarge(logits, self.padded(size))[..., :h, :w]
 
     def forward(self, images):
         return self.resize(self.decode(self.encode(images)), images.shape[-2:])

@@ -220,10 +220,9 @@ class DynamicPoint(Point):
 
 
 def to_bytes(x, scale, zero_point):
-    """quantize() of one scale in few passes over memory, channels_last where x is a map."""
+    """quantize() of one scale in few passes over memory."""
     # to() cuts off what stands after the point: half more rounds, but for ties
-    q = torch.add(torch.tensor(zero_point + 0.5), x.float(), alpha=1 / scale).clamp_(*UINT8).to(torch.uint8)
-    return q.contiguous(memory_format=torch.channels_last) if q.dim() == 4 else q.contiguous()
+    return torch.add(torch.tensor(zero_point + 0.5), x.float(), alpha=1 / scale).clamp_(*UINT8).to(torch.uint8)
 
 
 # ---- observers ------------------------------------------------------------------------------------------------------
@@ -375,16 +374,17 @@ class Lazy:
     execution as bytes that come straight out of the kernel. Once it has been quantized, whoever reads it as float sees
     the quantized values; that rule is what makes the simulated and the converted network the same.
     make(what): computes it, in one of these forms. pending: (layer, its input, Post) while the output of a layer.
-    parents: the Lazy tensors whose bytes it takes over unchanged, which must share its point.
+    parents: the Lazy tensors whose bytes it takes over unchanged, which must share its point. exposed: whether code
+    that knows nothing of all this got hold of its memory, so that nothing may be written there.
     """
 
-    __slots__ = ("__weakref__", "half", "index", "make", "parents", "pending", "point", "shape", "stored")
+    __slots__ = ("__weakref__", "exposed", "half", "index", "make", "parents", "pending", "point", "shape", "stored")
     made = itertools.count()
     log = None  # a Tracer's list while one watches
 
     def __init__(self, make, shape, *, pending=None, parents=(), half=None):
         self.make, self.shape, self.pending, self.parents, self.half = make, torch.Size(shape), pending, parents, half
-        self.stored, self.point, self.index = None, None, next(Lazy.made)
+        self.stored, self.point, self.index, self.exposed = None, None, next(Lazy.made), False
 
     @classmethod
     def of(cls, layer, x, post, shape):
@@ -403,6 +403,14 @@ class Lazy:
         x = self.stored if self.point is None else self.point.dequantize(self.stored)
         return x.to(what or torch.float32)
 
+    def expose(self):
+        """Its values for the network's own code, which may keep views of them."""
+        self.exposed = True
+        for x in self.parents:
+            if isinstance(x, Lazy):
+                x.expose()
+        return self.read()
+
     def become(self, other):
         """What an operation in place does."""
         for name in set(self.__slots__) - {"__weakref__"}:
@@ -415,7 +423,7 @@ class Lazy:
         return self.pending is not None and self.stored is None and self.pending[2].attr == "none"
 
     def __getattr__(self, name):  # methods and properties of a tensor that are not among those below
-        return getattr(self.read(), name)
+        return getattr(self.expose(), name)
 
     def size(self, dim=None):
         return self.shape if dim is None else self.shape[dim]
@@ -441,7 +449,7 @@ def read(x, what=None):
 def _floats(value):
     """An argument of a function of torch with a float tensor in place of each Lazy."""
     if isinstance(value, Lazy):
-        return value.read()
+        return value.expose()
     if isinstance(value, (list, tuple)):
         return type(value)(map(_floats, value))
     return {k: _floats(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -562,8 +570,7 @@ def _attention(query, key, value, *args, **kwargs):
     if half is None:
         return NotImplemented
     kwargs = {k: v.to(half) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in kwargs.items()}
-    out = F.scaled_dot_product_attention(*(read(x, half) for x in (query, key, value)), *args, **kwargs)
-    return _layout("contiguous")(wrap(out, half))
+    return wrap(F.scaled_dot_product_attention(*(read(x, half) for x in (query, key, value)), *args, **kwargs), half)
 
 
 def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
@@ -611,7 +618,7 @@ OPERATORS = (
 
 
 def _operator(name):
-    return lambda self, *args: getattr(self.read(), name)(*_floats(args))
+    return lambda self, *args: getattr(self.expose(), name)(*_floats(args))
 
 
 for _name in OPERATORS.split():
@@ -797,16 +804,17 @@ class QuantLayer(nn.Module):
             (scale, zero_point), dtype = what.numbers, torch.uint8
         if other is None:
             return self.kernel(x, scale, zero_point, dtype, post)
-        of_bytes = isinstance(other, Lazy) and other.point is not None
-        if dtype == torch.uint8 and of_bytes:
+        numbers = (1.0, 0)
+        if dtype == torch.uint8 and isinstance(other, Lazy) and other.point is not None:
             addend, numbers = other.stored, other.point.numbers
-            if self.overwrites:
-                other.stored, other.point, other.make = None, None, _overwritten
-            else:
-                addend = addend.clone()
-            return self.kernel_add(x, addend, *numbers, scale, zero_point, dtype, post)
-        y = self.kernel_add(x, read(other), 1.0, 0, 1.0, 0, torch.float32, post)
-        return to_bytes(y, scale, zero_point) if dtype == torch.uint8 else y.to(dtype)
+        else:
+            addend, scale, zero_point = read(other), 1.0, 0
+        if self.overwrites and isinstance(other, Lazy) and not other.exposed:
+            other.stored, other.point, other.make = None, None, _overwritten
+        else:
+            addend = addend.clone()  # the kernel writes the sum into it
+        y = self.kernel_add(x, addend, *numbers, scale, zero_point, addend.dtype, post)
+        return read(y, what) if y.dtype != dtype else y
 
 
 def _overwritten(_what):
@@ -873,8 +881,7 @@ class QuantConv2d(QuantLayer):
     def kernel_add(self, x, other, other_scale, other_zero_point, scale, zero_point, dtype, post):
         weight, zeros, places = self.packs(x)
         other = other.contiguous(memory_format=torch.channels_last)
-        other = other.clone() if other.is_floating_point() else other
-        return torch.ops.onednn.qconv2d_pointwise.binary(  # which writes into `other`
+        return torch.ops.onednn.qconv2d_pointwise.binary(
             x, *self.points[0].numbers, weight, self.weight_scale, zeros, other, self.bias, *places,
             scale, zero_point, dtype, other_scale, other_zero_point, "sum", 1.0, post.attr, list(post.args), "",
         )  # fmt: skip
@@ -913,10 +920,9 @@ class QuantLinear(QuantLayer):
 
     def kernel_add(self, x, other, other_scale, other_zero_point, scale, zero_point, dtype, post):
         weight, zeros = self.packs(x)
-        kind = "sum" if other.dtype == torch.uint8 else "add"  # the only one that each type can be given to
         return torch.ops.onednn.qlinear_pointwise.binary(
             x, *self.points[0].numbers, weight, self.weight_scale, zeros, other.contiguous(), self.bias,
-            scale, zero_point, dtype, other_scale, other_zero_point, kind, 1.0,
+            scale, zero_point, dtype, other_scale, other_zero_point, "sum", 1.0,
             post.attr, list(post.args), post.algorithm,
         )  # fmt: skip
 
