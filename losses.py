@@ -173,7 +173,7 @@ def _tversky_per_class(log_p, nll, target, ignore_index, alpha=0.5, beta=0.5):
     With the defaults the index is Dice.
     """
     valid = (target != ignore_index).to(log_p.dtype)  # masks p like y: an ignored pixel is no false positive
-    total = (log_p.exp().flatten(2) @ valid.flatten(1).unsqueeze(2)).sum((0, 2))  # (K,): sum p
+    total = (log_p.exp() * valid.unsqueeze(1)).sum((0, 2, 3))  # (K,): sum p
     # sum(p y) without a one-hot (N, K, H, W): the true class's p, added up by class
     classes = target.where(valid > 0, 0).flatten()
     overlap = torch.zeros_like(total).index_add(0, classes, ((-nll).exp() * valid).flatten())

@@ -560,6 +560,18 @@ def _linear(x, weight, bias=None):
     return layer(x)
 
 
+def _contiguous(x, **_format):
+    return x if isinstance(x, Lazy) else NotImplemented  # its values; a layer lays its input out as its kernel wants it
+
+
+def _getitem(x, index):
+    """Handler of indexing; with tensors it is no mere choice of values."""
+    indices = index if isinstance(index, tuple) else (index,)
+    if not all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in indices):
+        return x.expose()[_floats(index)]
+    return _layout("__getitem__")(x, index)
+
+
 def _dropout(x, p=0.5, training=True, inplace=False):
     return NotImplemented if training else x
 
@@ -606,13 +618,15 @@ HANDLERS = (
     | {F.scaled_dot_product_attention: _attention, F.layer_norm: _layer_norm, F.linear: _linear}
     | dict.fromkeys((torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__), _add)
 )
-MOVES = ("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "contiguous")
-for _name in MOVES:
-    setattr(Lazy, _name, _layout(_name))
-    HANDLERS |= {getattr(owner, _name): _layout(_name) for owner in (torch, torch.Tensor) if hasattr(owner, _name)}
+MOVES = {name: _layout(name) for name in ("flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze")}
+MOVES |= {"view": _layout("reshape"), "reshape": _layout("reshape"), "contiguous": _contiguous}
+for _name, _handler in MOVES.items():
+    setattr(Lazy, _name, _handler)
+    HANDLERS |= {getattr(owner, _name): _handler for owner in (torch, torch.Tensor) if hasattr(owner, _name)}
+Lazy.__getitem__ = _getitem
 Lazy.__torch_function__ = classmethod(_torch_function)
 OPERATORS = (
-    "sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg abs eq ne lt le gt ge getitem setitem isub imul "
+    "sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg abs eq ne lt le gt ge setitem isub imul "
     "itruediv float int bool array"
 )
 
@@ -1137,6 +1151,8 @@ def connect(model, plan, kind=Point):
     plan: {name: [number of the input's point, of the output's where it is an addend, whether the layer's kernel may
     write a sum in the place of the addend]}.
     """
+    if not hasattr(model, "points"):
+        model.register_forward_hook(_read_output)
     count = 1 + max((i for row in plan.values() for i in row[:2] if i is not None), default=-1)
     model.points = nn.ModuleList(kind() for _ in range(count))
     for name, (own, addend, overwrites) in plan.items():
@@ -1144,6 +1160,10 @@ def connect(model, plan, kind=Point):
         numbers = (own, None if kind is DynamicPoint else addend)
         layer.points = tuple(None if i is None else model.points[i] for i in numbers)
         layer.overwrites = overwrites
+
+
+def _read_output(_model, _inputs, output):
+    return read(output)
 
 
 def set_mode(model, mode, names=None):
@@ -1293,7 +1313,7 @@ def observe_outputs(model, batches):
         for layer in layers.values():
             layer.watch = watch
         for images in batches:
-            read(model(images))
+            model(images)
     for layer in layers.values():
         layer.watch = None
     for layer in list(ranges)[:-1]:
@@ -1724,12 +1744,12 @@ def sensitivity(model, batches):
     first. The share is of their energy: sum of squared differences over sum of squares."""
     layers = [name for name, layer in quant_layers(model).items() if layer.points[0] is not None]
     set_mode(model, "float")
-    expected = [read(model(images)) for images in batches]
+    expected = [model(images) for images in batches]
     energy = sum(logits.square().sum() for logits in expected)
     shares = {}
     for name in tqdm(layers, desc="sensitivity", leave=False):
         set_mode(model, "fake", [name])
-        errors = [(read(model(x)) - y).square().sum() for x, y in zip(batches, expected, strict=True)]
+        errors = [(model(x) - y).square().sum() for x, y in zip(batches, expected, strict=True)]
         set_mode(model, "float", [name])
         shares[name] = (sum(errors) / energy).item()
     set_mode(model, "fake")

@@ -1108,3 +1108,20 @@ def test_another_mask2former_is_refused_and_auto_without_a_network_starts_from_s
 def test_batchnorm_statistics_of_mobilenets_settle_within_fifty_steps(backbone):
     norms = [m for m in build(backbone, "linear").modules() if isinstance(m, nn.BatchNorm2d)]
     assert all((1 - m.momentum) ** 50 < 0.01 for m in norms)
+
+
+# ---- resizing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(45, 61), (9, 8), (7, 200), (8, 9)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_enlarging_is_bilinear_interpolation(size, autocast):
+    x = torch.randn(2, 3, 7, 8).to(memory_format=torch.channels_last).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, expected = models.enlarge(x, size), F.interpolate(y, size=size, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(expected)
+    found.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(x.grad, y.grad)

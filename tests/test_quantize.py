@@ -368,6 +368,51 @@ def test_every_network(build, monkeypatch):
     assert quantize.read(converted(images(33, 70))).shape == (1, 5, 33, 70) if build else True
 
 
+class Kept(nn.Module):
+    """A residual sum that its kernel could write over an addend of which a view is still wanted, or, without `view`,
+    not."""
+
+    def __init__(self, view):
+        super().__init__()
+        torch.manual_seed(0)
+        self.view, self.frozen = view, []
+        self.first, self.norm, self.second = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.first(x.flatten(2).mT)
+        part = x.transpose(1, 2).narrow(1, 2, 4) if self.view else torch.zeros(1, 0)
+        total = self.second(self.norm(x)) + x
+        return torch.cat([total.flatten(1), part.flatten(1)], 1)
+
+
+@KERNELS
+@pytest.mark.parametrize("view", [True, False])
+@torch.no_grad()
+def test_a_sum_is_not_written_over_what_others_still_see(view, monkeypatch):
+    written, kernel_add = [], quantize.QuantLinear.kernel_add
+
+    def spy(layer, x, other, *args):
+        written.append(other.data_ptr() in memory)
+        return kernel_add(layer, x, other, *args)
+
+    x = images(6, 7)
+    simulated, _ = prepared(Kept(view).eval(), x)
+    converted = copy.deepcopy(simulated)
+    quantize.convert(converted)
+    memory, compute = set(), quantize.QuantLayer.compute
+
+    def remember(layer, *args):
+        out = compute(layer, *args)
+        memory.add(out.data_ptr())
+        return out
+
+    monkeypatch.setattr(quantize.QuantLinear, "kernel_add", spy)
+    monkeypatch.setattr(quantize.QuantLayer, "compute", remember)
+    found, expected = converted(x), simulated(x)
+    assert written == [not view]  # in the place of the addend, or of a copy
+    assert torch.allclose(found, expected, atol=0.1)
+
+
 @KERNELS
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 8, 14])
 @pytest.mark.parametrize("channels", [3, 16, 32, 64])
