@@ -6,7 +6,7 @@
     python quantize.py --method weight-only --bits 4      # for size; computes in float
 
 The arithmetic. An activation x is stored as q = clamp(round(x / scale) + zero_point, 0, 255), uint8, and stands for
-(q - zero_point) * scale; round() goes to the even neighbour. scale = (high - low) / 255 and zero_point = round(-low /
+(q - zero_point) * scale; round() goes to the even neighbour (in int8 execution ties may go up). scale = (high - low) / 255 and zero_point = round(-low /
 scale), where low <= 0 <= high, so that 0 (padding, ReLU) is exact. A weight w is stored as clamp(round(w / scale),
 -127, 127), int8, with scale = max |w| / 127. A product of both is summed in int32, exactly, and multiplied by the two
 scales; the bias, which is not quantized, is added in float32. (Jacob et al. 2018, section 2; Krishnamoorthi 2018.)
@@ -14,14 +14,17 @@ scales; the bias, which is not quantized, is added in float32. (Jacob et al. 201
     what                                  granularity           stored as         range from
     input of a Conv2d or Linear           one per tensor        uint8, affine     observer on calibration images
     weight                                one per output        int8, symmetric   max |w|, learned (LSQ), or AdaRound
+    weight, --method weight-only          one per output or     int8, or 4 bits   max |w|, or AdaRound
+                                          --group-size inputs   in [-7, 7]
     the other operand of a residual add   one per tensor        uint8, affine     observer
     bias, norms, softmax, resizing        -                     float32           -
 
 Simulated ("fake quantized") and converted networks share one code path. A quantized layer quantizes its input, and
 returns a `Lazy` tensor: what it would compute, not yet computed. ReLU and its relatives, residual additions, max
-pooling, concatenation and reshaping are put behind it; the next quantized layer reads it as uint8 in its own scale, so
-the int8 kernel does it all and writes bytes; anything else that touches it (resizing, LayerNorm, softmax) sees a float
-tensor. So every network goes through, whatever its forward() does, and what does not fit simply is float.
+pooling, concatenation, slicing and reshaping are put behind it; the next quantized layer reads it as uint8 in its own
+scale, so the int8 kernel does it all and writes bytes; anything else that touches it (resizing, softmax) sees a float
+tensor, and LayerNorm computes in float but may write bytes. So every network goes through, whatever its forward() does,
+and what does not fit simply is float.
 
 The int8 kernels are PyTorch's oneDNN ones (torch.ops.onednn), for x86 CPUs. Elsewhere the same checkpoint computes the
 same numbers, to rounding, in float from the int8 weights.
