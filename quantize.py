@@ -6,10 +6,11 @@
     python quantize.py --method weight-only --bits 4      # for size; computes in float
 
 The arithmetic. An activation x is stored as q = clamp(round(x / scale) + zero_point, 0, 255), uint8, and stands for
-(q - zero_point) * scale; round() goes to the even neighbour (in int8 execution ties may go up). scale = (high - low) / 255 and zero_point = round(-low /
-scale), where low <= 0 <= high, so that 0 (padding, ReLU) is exact. A weight w is stored as clamp(round(w / scale),
--127, 127), int8, with scale = max |w| / 127. A product of both is summed in int32, exactly, and multiplied by the two
-scales; the bias, which is not quantized, is added in float32. (Jacob et al. 2018, section 2; Krishnamoorthi 2018.)
+(q - zero_point) * scale; round() goes to the even neighbour, in int8 execution ties may go up. scale = (high - low) /
+255 and zero_point = round(-low / scale), where low <= 0 <= high, so that 0 (padding, ReLU) is exact. A weight w is
+stored as clamp(round(w / scale), -127, 127), int8, with scale = max |w| / 127. A product of both is summed in int32,
+exactly, and multiplied by the two scales; the bias, which is not quantized, is added in float32. (Jacob et al. 2018,
+section 2; Krishnamoorthi 2018.)
 
     what                                  granularity           stored as         range from
     input of a Conv2d or Linear           one per tensor        uint8, affine     observer on calibration images
