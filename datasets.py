@@ -30,7 +30,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -378,11 +378,14 @@ DATASETS = {
     "synthetic": Row(
         classes=tuple(CITYSCAPES_CLASSES),
         palette=tuple(CITYSCAPES_PALETTE),
-        size=(140, 280),
-        scale=(1.0, 1.0),  # the scenes vary in scale, light and colour by themselves
+        size=(196, 392),
+        # Whole scenes or nearly, as they vary in scale, light and colour by themselves; shrunk, which halves the cost
+        # of a step, while the prediction gains from seeing them at full size.
+        crop=(140, 280),
+        scale=(0.72, 0.8),
         photometric=False,
         lengths={"train": 1000, "val": 100, "test": 100},
-        cache=True,  # train: 0.2 GB
+        cache=True,  # train: 0.3 GB
     ),
     "camvid": Row(
         classes=tuple(CAMVID),
@@ -607,6 +610,8 @@ def train_transform(info, *, crop, scale, cat_max_ratio, flip, photometric, augm
     flip: probability.  augment=False: the centre crop at scale 1 and nothing random.
     """
     row = DATASETS[info.name]
+    if row.find is None and row.size not in (None, info.size):  # scenes drawn at another size: whole, at scale 1
+        row = replace(row, crop=None, scale=(1.0, 1.0))
     crop, scale = tuple(crop or row.crop or info.size), scale or row.scale
     cut = RandomScaleCrop(
         crop,

@@ -39,7 +39,7 @@ import models
 from models import ModelError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
-DEFAULT_LOSS = "ce-dice"
+DEFAULT_LOSS = "ce"
 SCHEDULES = ("poly", "restarts", "cosine", "plateau", "constant")
 
 
@@ -577,7 +577,7 @@ def add_train_args(parser):
     add("--boundary-weight", type=float, default=0.0, metavar="W", help="label boundaries weigh 1 + W in cross-entropy")
     add("--boundary-width", type=int, default=3, metavar="PIXELS", help="of that band, on each side of a boundary")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer")
-    add("--lr", type=float, default=1e-3, help="learning rate of all but the backbone")
+    add("--lr", type=float, default=7e-4, help="learning rate of all but the backbone")
     add("--backbone-lr", type=float, help="learning rate of the backbone; left out: that of the rest")
     add("--weight-decay", type=float, default=0.05, help="not applied to biases, norms and embeddings")
     add("--momentum", type=float, default=0.9, help="SGD only")
@@ -586,7 +586,7 @@ def add_train_args(parser):
     add("--power", type=float, default=0.9, help="of poly and restarts")
     add("--cycles", type=int, default=3, help="restarts: number of polys")
     add("--patience", type=int, default=3, help="plateau: evaluations without a better mIoU")
-    add("--epochs", type=int, default=5, help="passes over the training split")
+    add("--epochs", type=int, default=6, help="passes over the training split")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step; the batch size stays the same")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights, e.g. 0.999; 0: do not")
