@@ -1241,13 +1241,21 @@ def simulated(model):
         execute(model, int8=int8, half=half)
 
 
-def packed(state):
-    """The state_dict of a converted network with its points as two vectors: a tensor of one number takes 300 bytes."""
-    state = dict(state)
+def packed(state, small=2**16):
+    """The state_dict of a converted network for a file: its points as two vectors, and tensors of at most `small` bytes
+    as views of one storage for each dtype. A tensor with a storage of its own takes some 300 bytes more, a point 600.
+    """
+    state, views = dict(state), {}
     for kind in ("scale", "zero_point"):
         keys = [key for key in state if re.fullmatch(rf"points\.\d+\.{kind}", key)]
         if keys:
             state[f"points.{kind}"] = torch.stack([state.pop(key) for key in keys])
+    for key, value in state.items():
+        if value.nbytes <= small:
+            views.setdefault(value.dtype, []).append(key)
+    for keys in views.values():
+        storage = torch.cat([state[key].flatten() for key in keys]).split([state[key].numel() for key in keys])
+        state |= {key: view.view(state[key].shape) for key, view in zip(keys, storage, strict=True)}
     return state
 
 
@@ -1743,10 +1751,10 @@ def learn_rounding(layer, x, target, *, steps, batch_size=256, lr=0.03, strength
 
 
 @torch.no_grad()
-def sensitivity(model, batches):
+def sensitivity(model, batches, *, most=None):
     """How much each layer alone, quantized in an otherwise float network, changes the logits: {name: share}, worst
-    first. The share is of their energy: sum of squared differences over sum of squares."""
-    layers = [name for name, layer in quant_layers(model).items() if layer.points[0] is not None]
+    first. The share is of their energy: sum of squared differences over sum of squares. Stops after `most` layers."""
+    layers = [name for name, layer in quant_layers(model).items() if layer.points[0] is not None][:most]
     set_mode(model, "float")
     expected = [model(images) for images in batches]
     energy = sum(logits.square().sum() for logits in expected)
@@ -1987,7 +1995,7 @@ def quantize_network(float_model, images, args, score, miou, out):
     skip, search = list(args.skip), calibrated and (args.sensitivity or args.max_drop is not None)
     model, done = attempt(skip, 0 if search else args.adaround)
     if search:
-        ranking = sensitivity(model, images[:8])
+        ranking = sensitivity(model, images[:8], most=2 if args.dry_run else None)
         write_sensitivity(ranking, out)
         if args.max_drop is not None:
             fewest, most = 0, len(ranking)  # layers in float: too few, as far as is known, and enough
@@ -1997,7 +2005,7 @@ def quantize_network(float_model, images, args, score, miou, out):
                 drop = miou - score(attempt(skip)[0])["miou"]
                 tqdm.write(f"{count} of {len(ranking)} layers in float: {drop:.2f} points lost")
                 fewest, most = (fewest, count) if drop <= args.max_drop else (count + 1, most)
-            if most == len(ranking):
+            if most == len(ranking) and not args.dry_run:
                 raise ModelError(f"--max-drop {args.max_drop}: no layer can be quantized within that many points")
             skip = [*args.skip, *list(ranking)[:most]]
         if args.max_drop is not None or args.adaround:

@@ -1,8 +1,12 @@
 """What the tests share: transformers small enough to train here, as more rows of the tables."""
 
 import dataclasses
+import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: one thread each, also in what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import models
 

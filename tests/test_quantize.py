@@ -483,8 +483,8 @@ def few_scenes(monkeypatch):
     monkeypatch.setattr(datasets, "open_dataset", lambda name, split, **k: real(name, split, **{"length": 4, **k}))
 
 
-def run(path, out, *flags):
-    return quantize.main(["--weights", str(path), "--out", str(out), "--dry-run", *TINY, *flags])
+def run(path, out, *flags, dry=True):
+    return quantize.main(["--weights", str(path), "--out", str(out), *(["--dry-run"] if dry else []), *TINY, *flags])
 
 
 @pytest.mark.parametrize("method", ["ptq", "qat", "dynamic", "weight-only"])
@@ -498,6 +498,10 @@ def test_each_method_leaves_a_checkpoint_that_computes_what_was_scored(method, f
     assert saved["lineage"][-1]["id"] == read_checkpoint(path)["id"]
     quantized = [key for key in saved["state_dict"] if key.endswith("weight_q")]
     assert len(quantized) == len(entry["plan"])
+    small = [
+        t for t in saved["state_dict"].values() if t.nbytes < 2**16
+    ]  # each with a storage of its own costs 300 bytes
+    assert len({t.untyped_storage().data_ptr() for t in small}) == len({t.dtype for t in small})
     assert all(saved["state_dict"][key].dtype == torch.int8 for key in quantized)
     assert not [key for key in saved["state_dict"] if key.endswith("values")]
     model, _ = load_checkpoint(tmp_path / method / "best.pt")
@@ -583,7 +587,7 @@ def test_sensitivity_names_the_layer_that_suffers(float_checkpoint, tmp_path):
     assert list(shares.values()) == sorted(shares.values(), reverse=True)
     assert spoiled in list(shares)[:2]
     path = float_checkpoint(backbone="resnet18", head="fcn")
-    done = run(path, tmp_path / "s", "--method", "ptq", "--sensitivity")
+    done = run(path, tmp_path / "s", "--method", "ptq", "--sensitivity", dry=False)
     with open(tmp_path / "s" / "sensitivity.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == done["int8_layers"]
@@ -595,7 +599,7 @@ def test_max_drop_leaves_in_float_what_it_takes(float_checkpoint, tmp_path):
     all_of_them = run(path, tmp_path / "a", "--method", "ptq")["int8_layers"]
     assert run(path, tmp_path / "b", "--method", "ptq", "--max-drop", "100")["int8_layers"] == all_of_them
     with pytest.raises(ModelError, match="no layer can be quantized within"):
-        run(path, tmp_path / "c", "--method", "ptq", "--max-drop", "-100")  # a gain of 100 points
+        run(path, tmp_path / "c", "--method", "ptq", "--max-drop", "-100", dry=False)  # a gain of 100 points
 
 
 @pytest.mark.parametrize(
