@@ -510,7 +510,7 @@ def plot_curves(history, path):
     from matplotlib.figure import Figure  # without pyplot, which keeps every figure until it is closed
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, 3, sharex=True)
     panels = (
         ("training", ("loss",), "loss"),
         ("schedule", ("lr",), "learning rate"),
