@@ -204,24 +204,27 @@ def _build_dinov2(row, taps, _output_stride, load):
     def scratch():
         body = Dinov2Backbone(config)
         with torch.no_grad():
-            _start_transformer(body, numbers["hidden_size"], numbers["num_attention_heads"])
+            _start_transformer(body, numbers["hidden_size"])
         return body
 
     body, loaded = _transformers_body(Dinov2Backbone, row, load, scratch, out_indices=out)
     return Dinov2(body, numbers["hidden_size"], taps), loaded
 
 
-def _start_transformer(body, width, heads):
+def _start_transformer(body, width):
     """First weights of a DINOv2 that learns from scratch: what pre-training would have to find out anyway.
 
     Positions are sines and cosines of row and column (Beyer et al. 2022, section 2), of up to 4 periods an image, so
     that they survive interpolation to small grids. Attention starts as in mimetic initialization (Trockman and Kolter
-    2023, section 4): queries equal keys, so patches look at their like, and what they bring back is subtracted.
+    2023, section 4): queries equal keys, so patches look at their like, and what they bring back is subtracted. The
+    giant has no such start: with its gated MLPs, small differences grow through 40 layers until they decide the logits.
     """
     place = torch.arange(37)[:, None] / 37 * 2 * math.pi * torch.logspace(-2, 2, width // 4, base=2)  # (37, width / 4)
     waves = torch.cat([place.sin(), place.cos()], 1)  # (37, width / 2)
     grid = torch.cat([waves.repeat_interleave(37, 0), waves.repeat(37, 1)], 1)  # (37 * 37, width)
     body.embeddings.position_embeddings[0, 1:] = grid
+    if body.config.use_swiglu_ffn:
+        return
     for layer in body.encoder.layer:
         attention = layer.attention
         q = torch.nn.init.orthogonal_(torch.empty(width, width)) * 0.7**0.5

@@ -499,6 +499,13 @@ def test_a_dinov2_from_scratch_knows_positions_and_starts_with_mimetic_attention
         torch.testing.assert_close(o @ v, -0.4 * torch.eye(32), atol=1e-5, rtol=0)
 
 
+def test_the_gated_dinov2_keeps_its_own_attention_at_the_start():
+    tiny = models.BACKBONES["dinov2-tiny"]
+    models.BACKBONES["dinov2-gated"] = dataclasses.replace(tiny, numbers=tiny.numbers | {"use_swiglu_ffn": True})
+    layer = build("dinov2-gated", "linear").backbone.body.encoder.layer[0]
+    assert not torch.allclose(layer.attention.q_proj.weight, layer.attention.k_proj.weight, atol=1e-3)
+
+
 def test_convolutions_of_a_mit_from_scratch_start_as_in_segformers_code():
     block = build("mit-tiny", "linear").backbone.stages[3].blocks[0]
     depthwise = block.mlp.dwconv.dwconv
