@@ -229,7 +229,10 @@ class Row:
     """One data set. Sizes are (H, W) in pixels."""
 
     crop: tuple[int, int] | None = None  # default training crop; None: the whole image, at `size`
-    scale: tuple[float, float] = (0.5, 2.0)  # default range of the random scale
+    scale: tuple[float, float] = (
+        0.5,
+        2.0,
+    )  # default range of the random scale; like `crop`, for `size` where it has one
     photometric: bool = True  # whether training distorts colours by default
     layout: str = ""  # for messages
     where: str = ""  # where to get it, for messages
@@ -610,7 +613,7 @@ def train_transform(info, *, crop, scale, cat_max_ratio, flip, photometric, augm
     flip: probability.  augment=False: the centre crop at scale 1 and nothing random.
     """
     row = DATASETS[info.name]
-    if row.find is None and row.size not in (None, info.size):  # scenes drawn at another size: whole, at scale 1
+    if row.size and info.size != row.size:  # its crop and scale are for its own size
         row = replace(row, crop=None, scale=(1.0, 1.0))
     crop, scale = tuple(crop or row.crop or info.size), scale or row.scale
     cut = RandomScaleCrop(
@@ -795,6 +798,7 @@ def train_loader(dataset, *, batch_size, start, stop, seed, rank=0, world=1, wor
 def eval_loader(dataset, *, batch_size=1, workers=0, rank=0, world=1):
     """Each image exactly once over all ranks, in order: no padding, so no duplicates. The last batch may be short."""
     indices = range(rank, len(dataset), world)
+    workers = workers if len(indices) > 8 else 0  # to start one takes longer than to read a few images
     return make_loader(dataset, workers=workers, sampler=indices, batch_size=batch_size)
 
 

@@ -367,7 +367,11 @@ def make_parser():
     add("--data-root", help="folder of the data set to score on; left out: the checkpoint's")
     add("--split", default="val", help="split to check and score on")
     add("--threads", type=positive_int, help="CPU threads; left out: PyTorch's choice")
-    add("--dry-run", action="store_true", help="two images only, to checkpoints/dry-run/ where --out is left out")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check on two images and one other size; to checkpoints/dry-run/ where --out is left out",
+    )
     return parser
 
 
@@ -392,7 +396,9 @@ def main(argv=None):
     out, info = choose_path(args), DataInfo.from_dict(checkpoint["data"])
     dataset = open_images(checkpoint, args)
     size = args.size or dataset.info.size
-    images = check_images(dataset, size=size, stride=model.stride, any_size=not args.size)
+    images = check_images(dataset, size=size, stride=model.stride, any_size=not args.size)[
+        : 3 if args.dry_run else None
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}")
     scored = bool(args.dataset or args.data_root)

@@ -1,4 +1,4 @@
-"""What the tests share: transformers small enough to train here, as more rows of the tables."""
+"""What the tests share: one thread for each process; transformers small enough to train here, as rows of the tables."""
 
 import dataclasses
 import os

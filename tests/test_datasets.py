@@ -499,7 +499,7 @@ def test_empty_classes(folder):
 
 def test_error_in_a_worker_is_one_line(folder):
     (folder / "masks" / "train" / "4.png").write_bytes(b"")
-    batches = iter(datasets.eval_loader(open_dataset("folder", "train", root=folder), workers=1))
+    batches = iter(datasets.make_loader(open_dataset("folder", "train", root=folder), workers=1))
     with pytest.raises(DataError) as caught:
         list(batches)
     batches._shutdown_workers()  # left to the garbage collector it would take 5 s

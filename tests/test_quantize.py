@@ -326,7 +326,7 @@ def compare_each_layer(model, x, monkeypatch):
         return found
 
     monkeypatch.setattr(quantize.QuantLayer, "compute", both)
-    quantize.read(model(x))
+    model(x)
     monkeypatch.undo()
     return len(steps) + len(floats) - 2, max(steps), max(floats)
 
@@ -347,14 +347,14 @@ def test_every_network(build, monkeypatch):
     if build and build.get("backbone") == "swin-mini":  # which gives its weights to F.linear() itself
         assert not done.weights_only
     quantize.set_mode(simulated, "float")
-    assert torch.allclose(quantize.read(simulated(x)), expected, atol=1e-5 * max(1, expected.abs().max().item()))
+    assert torch.allclose(simulated(x), expected, atol=1e-5 * max(1, expected.abs().max().item()))
     quantize.set_mode(simulated, "fake")
-    fake = quantize.read(simulated(x))
+    fake = simulated(x)
     assert 0 < (fake - expected).norm() < 0.25 * expected.norm()
     converted = copy.deepcopy(simulated)
     quantize.convert(converted)
     quantize.execute(converted, int8=False)
-    assert torch.allclose(quantize.read(converted(x)), fake, atol=1e-6)  # from int8 weights, in float
+    assert torch.allclose(converted(x), fake, atol=1e-6)  # from int8 weights, in float
     assert not any(p.numel() > 4096 and p.dim() > 3 for p in converted.parameters())
     if quantize.kernels():
         quantize.execute(converted, int8=True)
@@ -363,9 +363,9 @@ def test_every_network(build, monkeypatch):
             assert kernels >= len(layers) - len(done.weights_only)
             assert steps <= 1
             assert floats <= 1
-        found = quantize.read(converted(x))
+        found = converted(x)
         assert (found - fake).norm() < 0.25 * expected.norm()  # a step here and there, through a whole network
-    assert quantize.read(converted(images(33, 70))).shape == (1, 5, 33, 70) if build else True
+    assert converted(images(33, 70)).shape == model(images(33, 70)).shape
 
 
 class Kept(nn.Module):
@@ -450,7 +450,7 @@ def test_activations_stay_bytes_from_layer_to_layer(backbone, monkeypatch):
             return function(*args)
 
         monkeypatch.setattr(owner, name, counted)
-    quantize.read(model(images(64, 64)))
+    model(images(64, 64))
     assert seen == {"to_bytes": 1, "dequantize": 0}
 
 
@@ -498,9 +498,8 @@ def test_each_method_leaves_a_checkpoint_that_computes_what_was_scored(method, f
     assert saved["lineage"][-1]["id"] == read_checkpoint(path)["id"]
     quantized = [key for key in saved["state_dict"] if key.endswith("weight_q")]
     assert len(quantized) == len(entry["plan"])
-    small = [
-        t for t in saved["state_dict"].values() if t.nbytes < 2**16
-    ]  # each with a storage of its own costs 300 bytes
+    # the small ones share storages, as one of its own costs a tensor 300 bytes in the file
+    small = [t for t in saved["state_dict"].values() if t.nbytes < 2**16]
     assert len({t.untyped_storage().data_ptr() for t in small}) == len({t.dtype for t in small})
     assert all(saved["state_dict"][key].dtype == torch.int8 for key in quantized)
     assert not [key for key in saved["state_dict"] if key.endswith("values")]
@@ -600,6 +599,27 @@ def test_max_drop_leaves_in_float_what_it_takes(float_checkpoint, tmp_path):
     assert run(path, tmp_path / "b", "--method", "ptq", "--max-drop", "100")["int8_layers"] == all_of_them
     with pytest.raises(ModelError, match="no layer can be quantized within"):
         run(path, tmp_path / "c", "--method", "ptq", "--max-drop", "-100", dry=False)  # a gain of 100 points
+
+
+def test_max_drop_leaves_the_fewest_of_the_worst_layers_in_float(float_checkpoint, tmp_path, monkeypatch):
+    path, real, tried = float_checkpoint(backbone="resnet18", head="fcn"), quantize.evaluate.evaluate, []
+
+    def pretend(model, *args, **kwargs):  # 50 points; 2 fewer for each of the three worst layers that is quantized
+        worst = list(ranking)[:3] if ranking else []
+        tried.append(sum(isinstance(model.get_submodule(name), quantize.QuantLayer) for name in worst))
+        return real(model, *args, **kwargs) | {"miou": 50.0 - 2 * tried[-1]}
+
+    def rank(*args, **kwargs):
+        ranking.update(quantized(*args, **kwargs))
+        return ranking
+
+    ranking, quantized = {}, quantize.sensitivity
+    monkeypatch.setattr(quantize, "sensitivity", rank)
+    monkeypatch.setattr(quantize.evaluate, "evaluate", pretend)
+    done = run(path, tmp_path / "d", "--method", "ptq", "--max-drop", "3", dry=False)
+    assert set(done["float_layers"]) == set(list(ranking)[:2])
+    assert len(ranking) > 15
+    assert len(tried) < 10  # the float network, the search by halves, the result
 
 
 @pytest.mark.parametrize(
@@ -758,7 +778,7 @@ def test_adaround_chooses_floor_or_ceil_for_better_outputs_and_convert_keeps_it(
     quantize.set_mode(nearest, "fake")
     learned = copy.deepcopy(nearest)
     quantize.adaround(learned, batches, steps=300)
-    errors = [(quantize.read(network(fresh)) - expected).square().mean() for network in (nearest, learned)]
+    errors = [(network(fresh) - expected).square().mean() for network in (nearest, learned)]
     assert errors[1] < (0.98 if bits == 8 else 0.8) * errors[0]  # of 8 bits, most is that of the activations
     others = 0
     for name, layer in quant_layers(learned).items():
@@ -785,7 +805,7 @@ def test_correct_bias_brings_the_mean_of_each_output_back():
 
     def gaps():
         """Mean error of each output channel, on average over the images."""
-        return torch.stack([(quantize.read(simulated(y)) - model(y)).mean((0, 2, 3)) for y in x]).mean(0).abs()
+        return torch.stack([(simulated(y) - model(y)).mean((0, 2, 3)) for y in x]).mean(0).abs()
 
     before = gaps()
     quantize.correct_bias(simulated, x)
@@ -820,7 +840,7 @@ def test_smooth_moves_outliers_into_the_weights():
     assert torch.allclose(smoothed(x), expected, atol=1e-4)
     for network in (model, smoothed):
         simulated, _ = prepared(network, x)
-        errors.append((quantize.read(simulated(x)) - expected).square().mean())
+        errors.append((simulated(x) - expected).square().mean())
     assert errors[1] < 0.1 * errors[0]
 
 
@@ -847,7 +867,7 @@ def test_what_the_helpers_change_is_in_the_checkpoint(tmp_path):
         compression=[entry | {"state": "int8"}],
     )  # fmt: skip
     found, _ = load_checkpoint(tmp_path / "q.pt")
-    assert torch.equal(quantize.read(found(x)), quantize.read(converted(x)))
+    assert torch.equal(found(x), converted(x))
 
 
 @pytest.mark.parametrize("flags", [["--method", "qat", "--adaround", "10"], ["--adaround", "-1"]])
