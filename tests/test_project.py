@@ -132,22 +132,28 @@ def call(folder, command):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
+def trained(workplace, *, camvid):
+    """A checkpoint of two steps, on drawn scenes or on CamVid."""
+    if not camvid:
+        return workplace / "checkpoints" / "train" / "best.pt"
+    if not (workplace / "camvid").exists():
+        flags = f"--dataset camvid --data-root {CAMVID} --backbone resnet18 --head unet"
+        call(workplace, f"python train.py {flags} --dry-run --out camvid")
+    return workplace / "camvid" / "best.pt"
+
+
 @pytest.mark.parametrize("command", commands())
 def test_readme_command(command, workplace, monkeypatch):
     if "camvid" in command.lower():
         if not CAMVID.exists():
             pytest.skip("CamVid is not here")
         command = command.replace("--data-root CamVid", f"--data-root {CAMVID}")
-        camvid = workplace / "checkpoints" / "camvid" / "best.pt"
-        if "evaluate.py" in command and not camvid.exists():
-            flags = f"--dataset camvid --data-root {CAMVID} --backbone resnet18 --head unet"
-            call(workplace, f"python train.py {flags} --dry-run --out checkpoints/camvid")
     paths = re.search(r"--weights((?: checkpoints/\S+)+)", command)
     for path in paths[1].split() if paths else ():  # what an earlier command would have left
         weights = workplace / path if path.endswith(".pt") else workplace / path / "a" / "best.pt"
         if not weights.exists():
             weights.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(workplace / "checkpoints" / "train" / "best.pt", weights)
+            shutil.copy(trained(workplace, camvid="camvid" in command.lower()), weights)
     if "benchmark.py" in command:  # other backends compile for minutes, and have tests of their own
         command = re.sub("--backend [a-z ]+", "--backend torch ", command)
         command = re.sub("--size [0-9]+ [0-9]+", "--size 64 96", command)

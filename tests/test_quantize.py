@@ -498,6 +498,7 @@ def test_each_method_leaves_a_checkpoint_that_computes_what_was_scored(method, f
     assert saved["lineage"][-1]["id"] == read_checkpoint(path)["id"]
     quantized = [key for key in saved["state_dict"] if key.endswith("weight_q")]
     assert len(quantized) == len(entry["plan"])
+    assert (0 < sum(entry["macs"].values()) <= entry["total_macs"]) == (method != "weight-only")
     # the small ones share storages, as one of its own costs a tensor 300 bytes in the file
     small = [t for t in saved["state_dict"].values() if t.nbytes < 2**16]
     assert len({t.untyped_storage().data_ptr() for t in small}) == len({t.dtype for t in small})
