@@ -53,7 +53,7 @@ from datasets import (
     positive_float,
     positive_int,
 )
-from models import ModelError, count_params, load_checkpoint, model_name
+from models import ModelError, count_params, load_checkpoint, model_name, replacing
 
 CHUNK = 1 << 20  # numbers in one chunk of upsampled logits: 4 MiB of float32, about what a CPU core's cache holds
 TTA_SCALES = (0.75, 1.0, 1.25)
@@ -733,6 +733,15 @@ def run_cli(main):
         raise SystemExit(130) from None
 
 
+ROOT = "checkpoints"  # where runs write
+
+
+def out_folder(out, name, *, dry_run):
+    """Where a run writes: --out, else checkpoints/NAME, of a dry run checkpoints/dry-run/NAME: two steps must not
+    replace a real result."""
+    return Path(out) if out else Path(ROOT, *(["dry-run"] if dry_run else []), name)
+
+
 def pick_device(name):
     """auto, cpu or cuda -> torch.device. ModelError if a GPU is asked for and none is there."""
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -818,11 +827,8 @@ def write_json(path, obj):
             return None
         return x if x is None or isinstance(x, (bool, int, float, str)) else str(x)
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(plain(obj), indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(plain(obj), indent=2) + "\n")
 
 
 def print_table(rows):

@@ -41,6 +41,25 @@ class ModelError(ValueError):
     """A network, a weights file or a combination of options that cannot be used; the message says what to do."""
 
 
+def one_line(error, limit=300):
+    """What an exception says, in one line of at most `limit` characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a path beside `path` to write to. It takes the name `path` when the block ends well, and goes otherwise: a
+    file is there whole, or as it was. Folders that are missing are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
 
@@ -1218,15 +1237,16 @@ def _loader(pretrained):
             try:
                 return local(pretrained), (True, None)
             except (OSError, RuntimeError, ValueError) as error:
-                line = " ".join(str(error).split())[:300]
-                raise ModelError(f"--pretrained {pretrained} does not hold this network's weights: {line}") from error
+                raise ModelError(
+                    f"--pretrained {pretrained} does not hold this network's weights: {one_line(error)}"
+                ) from error
         try:
             with contextlib.suppress(OSError):
                 return hub(True), (True, None)  # cached: no network needed
             _reach_hub()
             return hub(False), (True, None)
         except OSError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
         if pretrained == "require":
             raise ModelError(f"--pretrained require: no pretrained weights to be had ({reason}); name a local copy")
         return scratch(), (False, reason)
@@ -1399,16 +1419,8 @@ def save_checkpoint(
     }
     if training is not None:
         checkpoint["training"] = training
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
 
 
 def _read(path, device="cpu"):
@@ -1444,8 +1456,8 @@ def load_checkpoint(path, *, device="cpu"):
     try:
         model.load_state_dict(checkpoint["state_dict"], assign=True)
     except RuntimeError as error:
-        line = " ".join(str(error).split())[:300]
-        raise ModelError(f"{path} does not fit the network it describes, {model_name(model.build)}: {line}") from error
+        name = model_name(model.build)
+        raise ModelError(f"{path} does not fit the network it describes, {name}: {one_line(error)}") from error
     for script, step in steps:
         script.restore(model, step)
     return model.to(device).eval(), checkpoint

@@ -497,12 +497,10 @@ def fit(
 def write_history(path, history):
     """One row an epoch; epochs without an evaluation leave its columns empty."""
     columns = list(dict.fromkeys(k for row in history for k in row))
-    temporary = Path(path).with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
+    with models.replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(history)
-    os.replace(temporary, path)
 
 
 def plot_curves(history, path):
