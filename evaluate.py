@@ -234,6 +234,8 @@ def look(model, images, *, scales, flip, amp_dtype):
         for flipped in (False, True) if flip else (False,):
             with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 logits = model.decode(model.encode(scaled.flip(-1) if flipped else scaled))
+            if not torch.isfinite(logits).all():  # the arg max of NaN would be class 0
+                raise ModelError("the network gives logits that are not finite: its weights are damaged or diverged")
             h, w = logits.shape[-2:]
             views.append(View(logits, (size[0] / height * h / padded[0], size[1] / width * w / padded[1]), flipped))
     return views

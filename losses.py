@@ -283,6 +283,26 @@ def bce_dice(logits, target, *, ignore_index=255, **options):
     return ce + _tversky_per_class(*_log_likelihood(logits, target, ignore_index), target, ignore_index)[0][1]
 
 
+# ---- distillation ----
+
+
+@_in_float32
+def distillation(logits, target, *, teacher, temperature=1.0, ignore_index=255):
+    """T^2 KL(teacher || student) of softmax(logits / T), summed over the classes (Hinton et al. 2015, section 2).
+
+    teacher: logits of the same shape, which get no gradient. The mean is over the valid pixels of all ranks, so that
+    neither K, nor the size of the images or the batch, nor what is ignored changes the weight of the term.
+    """
+    if teacher.shape != logits.shape:
+        raise ValueError(f"the teacher's logits are {tuple(teacher.shape)}, the student's {tuple(logits.shape)}")
+    student, teacher = (
+        (x.to(logits.dtype) / temperature).log_softmax(1) for x in (logits, teacher.detach())
+    )  # (N, K, H, W)
+    divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(1)  # (N, H, W)
+    valid = target != ignore_index
+    return temperature**2 * _global_mean((divergence * valid).sum(), valid.sum())
+
+
 # ---- sets of masks: what Mask2Former is trained with ----
 
 

@@ -26,15 +26,16 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
 
 FORMAT = 1  # version of the checkpoint layout
-COMPRESSION = ("quantize",)  # scripts whose structure load_checkpoint() rebuilds
 
 
 class ModelError(ValueError):
@@ -1295,88 +1296,199 @@ def compression_summary(steps):
     return [{key: step[key] for key in ("step", "method", "bits") if key in step} for step in steps]
 
 
+# ---- trace ----------------------------------------------------------------------------------------------------------
+
+
+class Value:
+    """A tensor as one call left it: the `maker` (a Call; None of inputs, parameters and what was written to through a
+    view), its `readers`, a Call each. An operation in place ends one Value and begins the next."""
+
+    def __init__(self, tensor, maker=None):
+        self.tensor, self.version, self.maker, self.readers = tensor, written(tensor), maker, []
+
+
+class Call(NamedTuple):
+    """One call of a function of torch: `reads` and `makes` are the Values of its tensors in their order, `module` is
+    the innermost one whose forward() made the call."""
+
+    function: Callable
+    args: tuple
+    kwargs: dict
+    module: nn.Module
+    reads: list
+    makes: list
+
+    @property
+    def name(self):
+        return self.function.__name__
+
+
+class Trace(TorchFunctionMode):
+    """What one run of a network did, at the time it did it; made by trace().
+
+    calls: every Call, in order. outputs: the Values returned. owners: {id of a parameter or buffer: [(module, its name
+    there)]}. runs: how often each module ran.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.calls, self.outputs, self.owners = [], [], {}
+        self.runs, self.by_module = dict.fromkeys(model.modules(), 0), {module: [] for module in model.modules()}
+        self._values, self._stack = {}, [model]  # {id of a tensor: its present Value}, which keeps the tensor
+        for module in model.modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self.owners.setdefault(id(tensor), []).append((module, name))
+
+    def value(self, tensor):
+        """The Value that a tensor is now."""
+        value = self._values.get(id(tensor))
+        if value is None or value.version != written(tensor):  # not seen yet, or changed through a view of it
+            value = self._values[id(tensor)] = Value(tensor)
+        return value
+
+    def once(self, module):
+        """Whether a module ran once, and nothing but that run read its parameters and buffers."""
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        users = [c for t in tensors if t is not None for c in self.value(t).readers]
+        shared = any(len(self.owners[id(t)]) > 1 for t in tensors if t is not None)
+        return self.runs[module] == 1 and not shared and all(call.module is module for call in users)
+
+    def sole_reader(self, value):
+        """The one Call that reads a Value; None where there are several, or where the network returns it."""
+        return value.readers[0] if len(value.readers) == 1 and value not in self.outputs else None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        reads = [self.value(t) for t in tensors_in((args, kwargs))]
+        out = function(*args, **kwargs)
+        made = tensors_in(out)
+        if function.__name__ == "__setitem__":
+            made = [args[0]]
+        if made or function.__name__ in VALUE_READERS:  # not a look at the shape alone
+            call = Call(function, args, kwargs, self._stack[-1], reads, [])
+            for value in dict.fromkeys(reads):
+                value.readers.append(call)
+            for tensor in made:
+                value = self._values[id(tensor)] = Value(tensor, call)
+                call.makes.append(value)
+            self.calls.append(call)
+            self.by_module[call.module].append(call)
+        return out
+
+
+def written(tensor):
+    """How often a tensor was written to, through itself or a view; inference tensors do not count it."""
+    return None if tensor.is_inference() else tensor._version
+
+
+# functions that take numbers out of a tensor
+VALUE_READERS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
+VALUE_READERS |= {f"__{name}__" for name in ("bool", "float", "int", "index", "array", "contains")}
+
+
+def tensors_in(value):
+    """All tensors in nested lists, tuples and dicts (a ModelOutput of transformers is one)."""
+    if torch.is_tensor(value):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in tensors_in(v)] if isinstance(value, (list, tuple)) else []
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def trace(model, images=None, *, run=None):
+    """Run a network once, on `images` (N, 3, H, W) or on noise of 64 x 64, and record the run -> Trace.
+
+    Who makes and who reads a tensor is noted call by call, so an operation in place, a layer that is called twice and a
+    reader outside of any layer are seen for what they are. run: what to call instead of the network.
+    """
+    if images is None:
+        noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        images = noise.to(next(p for p in model.parameters() if p.is_floating_point()))
+    found = Trace(model)
+
+    def enter(module, _inputs):
+        found.runs[module] += 1
+        found._stack.append(module)
+
+    def leave(_module, _inputs, _output):
+        found._stack.pop()
+
+    hooks = [h for m in model.modules() for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        with found:
+            out = (run or model)(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found.outputs = [found.value(t) for t in tensors_in(out)]
+    return found
+
+
 # ---- inference ------------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
-def fold_batchnorm(model, size=(64, 64)):
+def fold_batchnorm(model):
     """Fold each BatchNorm2d of a network in eval mode into the convolution before it, in place -> how many were folded.
 
-    The convolution is the one that made the BatchNorm's input in a run on a random image of `size`; one that is called
-    twice, or a BatchNorm with another input, is left alone. Raises ModelError where the outputs differ afterwards,
-    which a convolution whose output is also read elsewhere would cause.
+    The convolution is the one whose output the BatchNorm alone reads. One that is called twice, or a BatchNorm with
+    another input, is left alone.
     """
-    kinds, norms = (
-        (nn.Conv2d, nn.ConvTranspose2d),
-        {m: n for n, m in model.named_modules() if type(m) is nn.BatchNorm2d},
-    )
-    made, calls, pairs = {}, {}, {}  # tensors are kept until the end, so that no id is used twice
-
-    def after_conv(conv, inputs, output):
-        made[id(output)] = (conv, output)
-        calls[conv] = calls.get(conv, 0) + 1
-
-    def before_norm(norm, inputs):
-        calls[norm] = calls.get(norm, 0) + 1
-        pairs[norm] = made.get(id(inputs[0]), (None,))[0]
-
-    hooks = [m.register_forward_hook(after_conv) for m in model.modules() if type(m) in kinds]
-    hooks += [norm.register_forward_pre_hook(before_norm) for norm in norms]
-    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
-    expected = model(images)
-    for hook in hooks:
-        hook.remove()
-    folded = 0
-    for norm, conv in pairs.items():
-        transposed = isinstance(conv, nn.ConvTranspose2d)
-        if conv is None or calls[norm] > 1 or calls[conv] > 1 or norm.training or (transposed and conv.groups > 1):
+    traced, folded = trace(model), 0
+    names = {module: name for name, module in model.named_modules()}
+    for call in traced.calls:
+        norm = call.module
+        if type(norm) is not nn.BatchNorm2d or norm.training or not traced.once(norm):
+            continue
+        maker = call.reads[0].maker
+        conv = maker and maker.module
+        transposed = type(conv) is nn.ConvTranspose2d
+        if not (transposed or type(conv) is nn.Conv2d) or not traced.once(conv) or (transposed and conv.groups > 1):
+            continue
+        if maker.makes[0] is not call.reads[0] or traced.sole_reader(call.reads[0]) is not call:
             continue
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias, transposed
         )
-        model.set_submodule(norms[norm], nn.Identity())
+        model.set_submodule(names[norm], nn.Identity())
         folded += 1
-    difference, largest = (model(images) - expected).abs().max(), expected.abs().max()
-    if not difference <= 1e-3 * max(1, largest):
-        raise ModelError(f"folding BatchNorm changed the logits by {difference:.3g} (largest {largest:.3g})")
     return folded
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
-def fold_layer_scale(model, size=(64, 64)):
+def fold_layer_scale(model):
     """Fold each layer scale (Touvron et al. 2021, section 2) into the Linear before it, in place -> names folded.
 
-    A layer scale is a module whose only tensor is a vector that it multiplies the last dimension of its input by, as
-    one run on a random image of `size` shows; its input must come from a Linear that is called once.
+    A layer scale is a module whose only tensor is a vector, and which does nothing but multiply the last dimension of
+    its input by it; its input must come from a Linear that runs once, and be read by nothing else.
     """
-    suspects = {
-        m: n for n, m in model.named_modules()
-        if not list(m.children()) and [p.dim() for p in m.parameters()] == [1] and not list(m.buffers())
-    }  # fmt: skip
-    made, calls, pairs = {}, {}, {}
-
-    def after(module, inputs, output):
-        calls[module] = calls.get(module, 0) + 1
-        if type(module) is nn.Linear:
-            made[id(output)] = (module, output)
-            return
-        (vector,), (x, *_) = module.parameters(), inputs
-        if torch.is_tensor(x) and x.shape[-1:] == vector.shape and torch.equal(output, x * vector):
-            pairs[module] = made.get(id(x), (None,))[0]
-
-    linears = [m for m in model.modules() if type(m) is nn.Linear]
-    hooks = [module.register_forward_hook(after) for module in (*linears, *suspects)]
-    model(torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters())))
-    for hook in hooks:
-        hook.remove()
-    folded = [m for m, linear in pairs.items() if linear is not None and calls[m] == calls[linear] == 1]
-    for module in folded:
-        linear, (vector,) = pairs[module], module.parameters()
+    traced, folded = trace(model), []
+    names = {module: name for name, module in model.named_modules()}
+    for scale, calls in traced.by_module.items():
+        vectors = list(scale.parameters())
+        if len(calls) != 1 or len(vectors) != 1 or vectors[0].dim() != 1 or [*scale.children(), *scale.buffers()]:
+            continue
+        (call,), (vector,) = calls, vectors
+        x, *others = (value for value in call.reads if value.tensor is not vector)
+        maker = x.maker
+        if call.name not in ("mul", "__mul__", "__rmul__") or others or maker is None or not traced.once(scale):
+            continue
+        linear = maker.module
+        if type(linear) is not nn.Linear or not traced.once(linear) or traced.sole_reader(x) is not call:
+            continue
+        if maker.makes[0] is not x or x.tensor.shape[-1:] != vector.shape:
+            continue
         linear.weight *= vector[:, None]
         if linear.bias is not None:
             linear.bias *= vector
-        model.set_submodule(suspects[module], nn.Identity())
-    return [suspects[module] for module in folded]
+        model.set_submodule(names[scale], nn.Identity())
+        folded.append(names[scale])
+    return folded
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -1400,8 +1512,10 @@ def save_checkpoint(
 
     data: what DataInfo.to_dict() gives. lineage: one {"id", "command", "miou"} an ancestor. training: optimizer and
     so on, for last.pt only. state_dict: in place of the model's own, in a form that its compression can read. Raises
-    OSError where it cannot be written.
+    OSError where it cannot be written, ModelError where a weight is not finite.
     """
+    state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+    demand_finite(state_dict.items(), f"{path} was not written")
     checkpoint = {
         "format": FORMAT,
         "id": uuid.uuid4().hex,
@@ -1410,7 +1524,7 @@ def save_checkpoint(
         "data": data,
         "pretrained": pretrained,
         "compression": list(compression),
-        "state_dict": dict(model.state_dict() if state_dict is None else state_dict),
+        "state_dict": state_dict,
         "metrics": metrics or {},
         "args": args or {},
         "lineage": list(lineage),
@@ -1421,6 +1535,13 @@ def save_checkpoint(
         checkpoint["training"] = training
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(checkpoint, file)
+
+
+def demand_finite(tensors, consequence):
+    """Raise ModelError, which also says the `consequence`, where one of the (name, tensor) holds NaN or infinity."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} is not finite: {consequence}")
 
 
 def _read(path, device="cpu"):
@@ -1446,7 +1567,12 @@ def read_checkpoint(path, *, device="cpu"):
 
 
 def load_checkpoint(path, *, device="cpu"):
-    """(network in eval mode, checkpoint dict) of a file that save_checkpoint() wrote; every tensor must match."""
+    """(network in eval mode, checkpoint dict) of a file that save_checkpoint() wrote; every tensor must match.
+
+    A script that changes the structure of networks offers rebuild(model, step, state), which gives a network of
+    build_model() the structure that its `step` of the checkpoint describes, for tensors shaped like those in `state`,
+    and restore(model, step), which makes it ready to run once these are loaded.
+    """
     checkpoint = read_checkpoint(path, device=device)
     with torch.device("meta"):  # no memory and no time for weights that are replaced at once
         model = build_model(**checkpoint["build"])
@@ -1465,9 +1591,11 @@ def load_checkpoint(path, *, device="cpu"):
 
 def _compression(step, path):
     """The script that can rebuild what it did to a network: the one import from here of what imports this file."""
-    if step["step"] not in COMPRESSION:
-        raise ModelError(f"{path} went through {step['step']!r}, which these scripts do not know: update them")
-    return importlib.import_module(step["step"])
+    if step["step"] == "quantize":
+        import quantize
+
+        return quantize
+    raise ModelError(f"{path} went through {step['step']!r}, which these scripts do not know: update them")
 
 
 if __name__ == "__main__":

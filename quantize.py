@@ -49,7 +49,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import datasets
@@ -1445,71 +1444,74 @@ def onnx_opset(model):
 # ---- post-training helpers ------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def smooth(model, batches, *, alphas=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8)):
     """SmoothQuant (Xiao et al. 2023, section 4): outliers of LayerNorm's channels move into the Linear layers after it.
 
     Each LayerNorm whose output only Linear layers read is divided, channel by channel, by max|x|^a / max|w|^(1-a), and
     their weights are multiplied by it, which changes nothing in float. Of `alphas`, and of no smoothing, the one whose
-    quantized products come closest to the float ones is taken. Returns {name of the LayerNorm: alpha, or None}.
+    quantized products come closest to the float ones is taken. Returns {name of the LayerNorm: alpha, or None}; those
+    that something else reads as well have None.
     """
-    norms = {m: n for n, m in model.named_modules() if type(m) is nn.LayerNorm and m.elementwise_affine}
-    readers, inputs, made = {norm: {} for norm in norms}, {norm: [] for norm in norms}, {}
+    readers, inputs = linear_readers(models.trace(model, batches[0])), {}
 
-    def after_norm(norm, _inputs, output):
-        made[id(output)] = (norm, output)
-        inputs[norm].append(output.flatten(0, -2)[:: 1 + output.numel() // output.shape[-1] // 512].clone())
+    def sample(norm, _inputs, output):
+        rows = output.flatten(0, -2)
+        inputs.setdefault(norm, []).append(rows[:: 1 + len(rows) // 512].clone())
 
-    def before_linear(linear, args):
-        norm, _ = made.get(id(args[0]), (None, None))
-        if norm is not None:
-            readers[norm][linear] = None
-
-    hooks = [norm.register_forward_hook(after_norm) for norm in norms]
-    hooks += [m.register_forward_pre_hook(before_linear) for m in model.modules() if type(m) is nn.Linear]
-    expected = []
+    hooks = [norm.register_forward_hook(sample) for norm, linears in readers.items() if linears]
     for images in batches:
-        expected.append(model(images))
-        made.clear()
+        model(images)
     for hook in hooks:
         hook.remove()
-    chosen = {}
-    for norm, name in norms.items():
-        linears = list(readers[norm])
-        if not linears:
-            continue
-        x = torch.cat(inputs[norm])
-        largest_x = x.abs().amax(0).clamp(min=1e-5)
-        largest_w = torch.stack([layer.weight.abs().amax(0) for layer in linears]).amax(0).clamp(min=1e-5)
-
-        def factor(alpha, largest_x=largest_x, largest_w=largest_w):
-            return torch.ones_like(largest_x) if alpha is None else (largest_x**alpha / largest_w ** (1 - alpha))
-
-        def error(alpha, x=x, linears=linears, factor=factor):
-            s = factor(alpha)
-            qx = fake_quantize(x / s, *choose_qparams((x / s).min(), (x / s).max()))
-            total = 0.0
-            for layer in linears:
-                w = layer.weight * s
-                qw = fake_quantize(w, w.abs().amax(1).clamp(min=1e-8) / INT8[1], limits=INT8)
-                total += (F.linear(qx, qw) - F.linear(x, layer.weight)).square().sum().item()
-            return total
-
-        alpha = min((None, *alphas), key=error)
-        before = [t.clone() for t in (norm.weight, norm.bias, *(layer.weight for layer in linears))]
-        s = factor(alpha)
-        norm.weight /= s
-        norm.bias /= s
-        for layer in linears:
-            layer.weight *= s
-        if alpha is not None:
-            difference = (model(batches[0]) - expected[0]).abs().max()
-            if not difference <= 1e-3 * max(1.0, expected[0].abs().max()):  # something else reads it, too
-                for t, old in zip((norm.weight, norm.bias, *(layer.weight for layer in linears)), before, strict=True):
-                    t.copy_(old)
-                alpha = None
-        chosen[name] = alpha
+    names, chosen = {m: name for name, m in model.named_modules()}, {}
+    for norm, linears in readers.items():
+        chosen[names[norm]] = smooth_one(norm, linears, torch.cat(inputs[norm]), alphas) if linears else None
     return chosen
+
+
+def linear_readers(traced):
+    """{LayerNorm with weights that a Linear reads: the Linears that alone read it, or [] where others do}."""
+    found = {}
+    for call in traced.calls:
+        norm = call.module
+        if call.function is not F.layer_norm or type(norm) is not nn.LayerNorm or not norm.elementwise_affine:
+            continue
+        (value,) = call.makes
+        linears = [c.module for c in value.readers if c.function is F.linear and c.reads[0] is value]
+        if any(type(linear) is nn.Linear for linear in linears):
+            alone = len(linears) == len(value.readers) and value not in traced.outputs and traced.once(norm)
+            alone = alone and all(type(linear) is nn.Linear and traced.once(linear) for linear in linears)
+            found[norm] = linears if alone else []
+    return found
+
+
+def smooth_one(norm, linears, x, alphas):
+    """smooth() of one LayerNorm with outputs like x (rows, channels), in place -> the alpha taken, or None."""
+    largest_x = x.abs().amax(0).clamp(min=1e-5)
+    largest_w = torch.stack([layer.weight.abs().amax(0) for layer in linears]).amax(0).clamp(min=1e-5)
+
+    def factor(alpha):
+        return torch.ones_like(largest_x) if alpha is None else (largest_x**alpha / largest_w ** (1 - alpha))
+
+    def error(alpha):
+        s = factor(alpha)
+        qx = fake_quantize(x / s, *choose_qparams((x / s).min(), (x / s).max()))
+        total = 0.0
+        for layer in linears:
+            w = layer.weight * s
+            qw = fake_quantize(w, w.abs().amax(1).clamp(min=1e-8) / INT8[1], limits=INT8)
+            total += (F.linear(qx, qw) - F.linear(x, layer.weight)).square().sum().item()
+        return total
+
+    alpha = min((None, *alphas), key=error)
+    s = factor(alpha)
+    norm.weight /= s
+    norm.bias /= s
+    for layer in linears:
+        layer.weight *= s
+    return alpha
 
 
 @torch.no_grad()
@@ -1530,43 +1532,6 @@ def correct_bias(model, batches):
             layer.bias = nn.Parameter(gap if layer.bias is None else layer.bias + gap)
 
 
-class Calls(TorchFunctionMode):
-    """While active, records which functions of torch are called, and which of them read what another returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.makers, self.calls = {}, {}  # {id of a tensor: (the tensor, its call)}, {id of a call: (it, its readers)}
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        call = (function, args, kwargs or {})
-        read_from = {id(maker): maker for t in _tensors(call[1:]) if (maker := self.maker(t)) is not None}
-        out = function(*args, **call[2])
-        made = _tensors(out)
-        if made:  # not a look at the shape alone
-            self.calls[id(call)] = (call, [])
-            for maker in read_from.values():
-                self.readers(maker).append(call)
-            self.makers |= {id(t): (t, call) for t in made}
-        return out
-
-    def maker(self, tensor):
-        """The last call that returned this tensor, in place or not, or None."""
-        return self.makers.get(id(tensor), (None, None))[1]
-
-    def readers(self, call):
-        """The calls that read what this one returned."""
-        return self.calls[id(call)][1]
-
-
-def _tensors(value):
-    """All tensors in nested lists, tuples and dicts."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in _tensors(v)]
-    return [value] if torch.is_tensor(value) else []
-
-
 def replace_relu6(model):
     """Replace, in place, each ReLU6 by a ReLU, past which equalize() can scale channels -> their names.
 
@@ -1582,6 +1547,7 @@ def replace_relu6(model):
     return clips
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def equalize(model, batches, *, rounds=50):
     """Cross-layer equalization (Nagel et al. 2019, section 4.1): convolutions in a row get weights of like ranges.
@@ -1592,42 +1558,29 @@ def equalize(model, batches, *, rounds=50):
     The second has one group or is depthwise. Rows of more than two are balanced pair by pair until nothing changes by
     more than a thousandth. Expects BatchNorm to be folded. Returns [(name of the first, name of the second)].
     """
-    pairs, expected = {}, model(batches[0])
-    for first, second in consecutive_convs(model, batches[0]):
-        before = first.weight.clone(), None if first.bias is None else first.bias.clone(), second.weight.clone()
-        balance(first, second)
-        if (model(batches[0]) - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max()):
-            pairs[first] = second
-            continue
-        for t, old in zip((first.weight, first.bias, second.weight), before, strict=True):  # used in other ways, too
-            if old is not None:
-                t.copy_(old)
+    pairs = consecutive_convs(models.trace(model, batches[0]))
     for _ in range(rounds):
-        if max((balance(*pair) for pair in pairs.items()), default=1.0) < 1.001:
+        if max((balance(*pair) for pair in pairs), default=1.0) < 1.001:
             break
     names = {m: name for name, m in model.named_modules()}
-    return [(names[first], names[second]) for first, second in pairs.items()]
+    return [(names[first], names[second]) for first, second in pairs]
 
 
-def consecutive_convs(model, images):
-    """Pairs of nn.Conv2d, each called once in a run on `images`, of which the second alone reads the first's output
-    past functions that commute with a positive factor on each channel."""
-    convs = {id(m.weight): m for m in model.modules() if type(m) is nn.Conv2d}
-    with Calls() as calls:
-        model(images)
-    made = {}  # {convolution: its calls}
-    for call, _ in calls.calls.values():
-        if call[0] is F.conv2d and id(call[1][1]) in convs:
-            made.setdefault(convs[id(call[1][1])], []).append(call)
-    once = {id(each[0]): conv for conv, each in made.items() if len(each) == 1}
+def consecutive_convs(traced):
+    """Pairs of nn.Conv2d, each run once, of which the second alone reads the first's output past functions that commute
+    with a positive factor on each channel."""
+
+    def is_conv(call):
+        return call.function is F.conv2d and type(call.module) is nn.Conv2d and traced.once(call.module)
+
     pairs = []
-    for start, first in once.items():
-        readers = calls.readers(calls.calls[start][0])
-        while len(readers) == 1 and readers[0][0] in SCALE_EQUIVARIANT:
-            readers = calls.readers(readers[0])
-        second = once.get(id(readers[0])) if len(readers) == 1 else None
+    for call in filter(is_conv, traced.calls):
+        reader = traced.sole_reader(call.makes[0])
+        while reader and reader.function in SCALE_EQUIVARIANT:
+            reader = traced.sole_reader(reader.makes[0])
+        second = reader.module if reader and is_conv(reader) else None
         if second and (second.groups == 1 or second.groups == second.in_channels == second.out_channels):
-            pairs.append((first, second))
+            pairs.append((call.module, second))
     return pairs
 
 

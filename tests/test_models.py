@@ -1,5 +1,6 @@
 """Networks: the contract for every row, published numbers, torchvision and transformers as oracles, checkpoints."""
 
+import copy
 import dataclasses
 import itertools
 import os
@@ -231,20 +232,113 @@ def test_folding_batchnorm_leaves_none_and_changes_nothing(backbone, head):
         torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-4 * before.abs().max().item())
 
 
-def test_folding_refuses_a_convolution_that_is_read_twice():
-    class Forked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+class ConvNorm(nn.Module):
+    """A convolution and a BatchNorm, joined by `run`."""
 
-        def forward(self, x):
-            x = self.conv(x)
-            return x + self.norm(x)
+    def __init__(self, run):
+        super().__init__()
+        self.run, self.conv, self.norm = run, nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
 
-    model = Forked().eval()
+    def forward(self, x):
+        return self.run(self.conv, self.norm, x)
+
+
+def _through_a_view(conv, norm, x):
+    y = conv(x)
+    y[:, 0] += 1
+    return norm(y)
+
+
+def _relu_in_place(conv, norm, x):
+    y = conv(x)
+    y.relu_()
+    return norm(y)
+
+
+JOINED = {  # how many norms fold
+    "in a row": (lambda conv, norm, x: norm(conv(x)), 1),
+    "then in place": (lambda conv, norm, x: F.relu(norm(conv(x)), inplace=True), 1),
+    "output read twice": (lambda conv, norm, x: (y := conv(x)) + norm(y), 0),
+    "output read twice, the second hardly": (lambda conv, norm, x: norm(y := conv(x)) + 1e-9 * y, 0),
+    "output returned, too": (lambda conv, norm, x: [y := conv(x), norm(y)], 0),
+    "ReLU in place between": (_relu_in_place, 0),
+    "written through a view": (_through_a_view, 0),
+    "convolution called twice": (lambda conv, norm, x: norm(conv(conv(x))), 0),
+    "norm called twice": (lambda conv, norm, x: norm(norm(conv(x))), 0),
+    "weight read elsewhere": (lambda conv, norm, x: norm(conv(x)) + conv.weight.sum(), 0),
+    "value read as a number": (lambda conv, norm, x: norm(y := conv(x)) * y.max().item(), 0),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_folding_takes_what_it_may_and_leaves_the_rest_as_it_was(name, guard):
+    run, folds = JOINED[name]
+    model = copy.deepcopy(ConvNorm(run)).eval()
     randomize_norms(model)
-    with pytest.raises(ModelError, match="changed the logits"):
-        models.fold_batchnorm(model)
+    x, before = torch.randn(1, 3, 8, 9), copy.deepcopy(model.state_dict())
+    with guard():
+        expected = model(x)
+        assert models.fold_batchnorm(model) == folds
+        assert models.fold_batchnorm(model) == 0
+        torch.testing.assert_close(model(x), expected)
+    if not folds:
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    model(x)[0].sum().backward()  # what was folded can still be trained
+
+
+class Scaled(nn.Module):
+    def __init__(self, more=0.0):
+        super().__init__()
+        self.scale, self.more = nn.Parameter(torch.rand(4)), more
+
+    def forward(self, x):
+        return x * self.scale + self.more if self.more else x * self.scale
+
+
+SCALED = {
+    "after a Linear": (lambda linear, scale, x: scale(linear(x)), 0.0, 1),
+    "and more in the same module": (lambda linear, scale, x: scale(linear(x)), 0.5, 0),
+    "of what is read twice": (lambda linear, scale, x: scale(y := linear(x)) + y, 0.0, 0),
+    "called twice": (lambda linear, scale, x: scale(scale(linear(x))), 0.0, 0),
+    "after an activation": (lambda linear, scale, x: scale(linear(x).relu_()), 0.0, 0),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+@torch.no_grad()
+def test_folding_of_layer_scales(name):
+    run, more, folds = SCALED[name]
+    model = ConvNorm(run)
+    model.conv, model.norm = nn.Linear(3, 4), Scaled(more)
+    x = torch.randn(1, 3, 5, 3)
+    model.run = lambda linear, scale, _images: run(linear, scale, x)  # whatever size is traced
+    expected = model(x)
+    assert models.fold_layer_scale(model) == ["norm"] * folds
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_trace_says_who_made_what_and_who_read_it():
+    def run(conv, norm, x):
+        y = conv(x)
+        z = y.relu_()
+        z.shape, len(z), z.dim()  # looks at the shape are no readers
+        return norm(z) + z.mT.mT
+
+    model = ConvNorm(run).eval()
+    traced = models.trace(model, torch.randn(1, 3, 8, 9))
+    names = [call.name for call in traced.calls]
+    assert names[:3] == ["conv2d", "relu_", "batch_norm"]
+    conv, relu, norm = traced.calls[:3]
+    assert (conv.module, relu.module, norm.module) == (model.conv, model, model.norm)
+    assert traced.sole_reader(conv.makes[0]) is relu  # the ReLU in place made a new Value
+    assert len(relu.makes[0].readers) == 2
+    assert traced.sole_reader(relu.makes[0]) is None
+    assert norm.reads[0] is relu.makes[0]
+    assert traced.owners[id(model.conv.weight)] == [(model.conv, "weight")]
+    assert traced.once(model.conv)
+    assert traced.once(model.norm)
+    assert traced.outputs == [traced.calls[-1].makes[0]]
 
 
 def test_ocr_gathers_one_representation_a_class_as_the_paper_writes_it():
