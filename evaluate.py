@@ -18,6 +18,7 @@ about six such tensors.
 """
 
 import argparse
+import copy
 import functools
 import io
 import json
@@ -34,7 +35,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
@@ -53,7 +54,16 @@ from datasets import (
     positive_float,
     positive_int,
 )
-from models import ModelError, count_params, load_checkpoint, model_name, replacing
+from models import (
+    ModelError,
+    count_params,
+    fold_batchnorm,
+    fold_layer_scale,
+    load_checkpoint,
+    model_name,
+    one_line,
+    replacing,
+)
 
 CHUNK = 1 << 20  # numbers in one chunk of upsampled logits: 4 MiB of float32, about what a CPU core's cache holds
 TTA_SCALES = (0.75, 1.0, 1.25)
@@ -729,10 +739,15 @@ def run_cli(main):
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if lines[0].startswith("Caught "):  # a loader process sends its traceback as the message; the last line says it
             lines = [lines[-1].partition(": ")[2] or lines[-1]]
-        print("error:", " ".join(lines), file=sys.stderr)
+        print("error:", one_line(" ".join(lines), None), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def command_line(script, argv):
+    """The command that runs `script` with these flags, None: those of this process; can be pasted into a shell."""
+    return shlex.join(["python", script, *map(str, sys.argv[1:] if argv is None else argv)])
 
 
 ROOT = "checkpoints"  # where runs write
@@ -831,6 +846,78 @@ def write_json(path, obj):
 
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(plain(obj), indent=2) + "\n")
+
+
+class Stage(NamedTuple):
+    """A network on its way from before to after: what evaluate() says of it and, unless it is gone by now, the network
+    itself; where it is in a file, its checkpoint, path and command."""
+
+    metrics: dict
+    model: nn.Module | None = None
+    checkpoint: dict | None = None
+    path: Path | None = None
+    command: str | None = None
+
+
+def before_after(stages, image, *, out, seconds, device, more, dry_run=False):
+    """What a compression script reports -> what results.json in `out` then holds.
+
+    stages: {name: Stage}, the first what it started from, the last what it wrote; all scored by the same evaluate().
+    Networks that are there are timed on `image` (1, 3, H, W), in turns, BatchNorm folded, and metered where there is a
+    meter. The keys are those of results() of the last, `before` with those of the first, latency_ms and energy_j of
+    both, and `more`. A table of all stages is printed.
+    """
+    first, *_, last = stages.values()
+    shared = dict(split="val", device=device, seconds=seconds)
+    before, done = (
+        results(s.model, s.checkpoint, s.metrics, command=s.command, path=s.path, **shared) for s in (first, last)
+    )
+    timed = {name: ready(s.model) for name, s in stages.items() if s.model is not None}
+    calls = [functools.partial(run_once, model, image.to(device)) for model in timed.values()]
+    latency = dict(zip(timed, milliseconds(calls, 1 if dry_run else 10), strict=True))
+    joules, no_energy = energy_of(calls, device, seconds=0.1 if dry_run else 2)
+    energy = dict(zip(timed, joules, strict=True))
+    done |= {"before": before}
+    for key, values in (("latency_ms", list(latency.values())), ("energy_j", joules)):
+        done |= {key: values[-1], f"{key}_before": values[0]}
+    write_json(Path(out) / "results.json", done | more)
+    print_table([
+        {"network": name, "mIoU": s.metrics["miou"], "mAcc": s.metrics["macc"], "aAcc": s.metrics["aacc"],
+         "file, MiB": weights_mb(s.path, s.checkpoint) if s.path else None, "latency, ms": latency.get(name),
+         **({} if no_energy else {"energy, J": energy.get(name)})}
+        for name, s in stages.items()
+    ])  # fmt: skip
+    if no_energy:
+        print(f"no energy: {no_energy}")
+    if done["latency_ms"] > done["latency_ms_before"]:
+        print(f"slower than before: {done['latency_ms']:.1f} ms against {done['latency_ms_before']:.1f}")
+    return done | more
+
+
+def ready(model):
+    """A network as it is timed: BatchNorm and layer scales folded, in a copy; a quantized one as it is."""
+    if hasattr(model, "points"):
+        return model
+    model = copy.deepcopy(model).eval()
+    fold_batchnorm(model)
+    fold_layer_scale(model)
+    return model
+
+
+@torch.inference_mode()
+def run_once(model, image):
+    model(image)
+    if image.is_cuda:
+        torch.cuda.synchronize(image.device)
+
+
+def energy_of(calls, device, *, seconds):
+    """([joules of a call of each of `calls`], None), or ([None, ...], why there is no meter)."""
+    try:
+        meter = energy_meter(device)
+    except OSError as error:
+        return [None] * len(calls), str(error)
+    return [measure_energy(call, meter, seconds=seconds, batch=1)["energy_j"] for call in calls], None
 
 
 def print_table(rows):
@@ -995,7 +1082,7 @@ def main(argv=None):
     """Run the command line; returns what results.json holds."""
     start = time.perf_counter()
     args = make_parser().parse_args(argv)
-    command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
+    command = command_line("evaluate.py", argv)
     if args.slide_stride and not args.slide:
         raise DataError("--slide-stride needs --slide H W, the window")
     scales = args.scales or (TTA_SCALES if args.tta else (1.0,))

@@ -39,7 +39,6 @@ import functools
 import itertools
 import math
 import re
-import shlex
 import sys
 import time
 import weakref
@@ -1724,52 +1723,23 @@ def sensitivity(model, batches, *, most=None):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-class QatObjective(train.Objective):
-    """train.Objective plus, with `kl`, that weight times KL(float network || quantized network), a pixel's mean; a
-    network with a loss of its own, on masks, has no such term."""
-
-    def __init__(self, model, loss, aux_weight, ignore_index, *, teacher=None, kl=0.0):
-        super().__init__(model, loss, aux_weight, ignore_index)
-        self.teacher, self.kl = (teacher,), kl  # in a tuple: its weights are not trained, nor kept
-
-    def forward(self, images, target):
-        if not self.kl or self.loss is None:
-            return super().forward(images, target)
-        logits = self.logits(self.model.encode(images), target.shape[-2:])
-        with torch.no_grad():
-            expected = self.teacher[0](images).float()
-        divergence = F.kl_div(logits[0].log_softmax(1), expected.log_softmax(1), log_target=True, reduction="none")
-        return self.weigh(logits, target) + self.kl * divergence.sum(1).mean()
-
-
-def fine_tune(model, teacher, train_set, val_set, *, args, out, device, save, resume=None):
-    """QAT: train the simulated network by train.fit(); best.pt and last.pt then hold it as such."""
-    if args.steps == "learned" and resume is None:
+def fine_tune(model, float_model, parent, *, args, device, save, last=None):
+    """QAT: train the simulated network by train.fit(), with KL from the float one; best.pt and last.pt then hold it as
+    such. Scales learn (LSQ), or follow what is seen for the first third of the steps, and then stay."""
+    if args.steps == "learned" and last is None:
         learn_steps(model)
-    loss = train.make_loss(args, model, train_set, out)
-    objective = QatObjective(model, loss, 0.4, train_set.info.ignore_index, teacher=teacher, kl=args.kl).to(device)
-    optimizer = train.make_optimizer(
-        objective, args.optimizer, lr=args.lr, backbone_lr=args.backbone_lr or args.lr,
-        weight_decay=args.weight_decay, momentum=args.momentum,
-    )  # fmt: skip
-    steps = args.epochs * max(1, len(train_set) // args.batch_size)
-    schedule = train.make_schedule(
-        args.schedule, total=steps, warmup=args.warmup, power=args.power, cycles=args.cycles, patience=args.patience
-    )
-    first = resume["step"] if resume else 0
+    kl = 0.0 if hasattr(model.head, "queries") else args.kl  # a loss on masks has no such term
+    objective = train.make_objective(args, model, parent.train_set, parent.out, device, teacher=float_model, kl=kl)
+    third = train.total_steps(args, parent.train_set) / 3
 
     def observe(step):
-        """Frozen steps follow what is seen for the first third, and then stay."""
-        moving = MOMENTUM if args.steps == "frozen" and step < steps / 3 and model.training else 0.0
+        moving = MOMENTUM if args.steps == "frozen" and step < third and model.training else 0.0
         for point in model.points:
             point.moving = moving
 
-    observe(first)
-    return train.fit(
-        objective, train_set, val_set, optimizer=optimizer, schedule=schedule, epochs=args.epochs,
-        batch_size=args.batch_size, seed=args.seed, device=device, out_dir=out, save=save, workers=args.workers,
-        accumulate=args.accumulate, clip=args.clip, amp=args.amp, ema_decay=args.ema, eval_every=args.eval_every,
-        save_every=args.save_every, max_steps=first + 2 if args.dry_run else None, resume=resume,
+    observe(last["training"]["step"] if last else 0)
+    return train.fit_by_flags(
+        args, objective, parent.train_set, parent.val_set, script="quantize.py", device=device, save=save, last=last,
         after_step=lambda step: observe(step + 1), score_first=True,
     )  # fmt: skip
 
@@ -1777,11 +1747,11 @@ def fine_tune(model, teacher, train_set, val_set, *, args, out, device, save, re
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 METHODS = ("dynamic", "ptq", "qat", "weight-only")
-# of qat, in place of those of train.py; flags of data and loss come from the checkpoint
-QAT_DEFAULTS = dict(epochs=1, lr=1e-5, warmup=0, weight_decay=0.0, ema=0.98)
-OWN_FLAGS = (*QAT_DEFAULTS, "out", "resume", "dry_run", "weights", "schedule", "clip", "optimizer",
-             "backbone_lr", "eval_every", "save_every", "amp", "threads", "device", "tensorboard", "compile",
-             "seed")  # fmt: skip
+QAT_DEFAULTS = dict(epochs=1, lr=1e-5, warmup=0, weight_decay=0.0, ema=0.98)  # in place of train.py's
+# what --resume cannot change: it was settled when the network was prepared
+FIXED_FLAGS = ("weights", "method", "observer", "calib_images", "smooth", "correct_bias", "equalize", "adaround",
+               "bits", "group_size", "skip", "sensitivity", "max_drop", "attention", "steps")  # fmt: skip
+FLOAT_ONLY = {"quantize": "is quantized already: give the float checkpoint that it was made from"}
 
 
 def make_parser():
@@ -1808,104 +1778,81 @@ def make_parser():
     add("--out", help="folder to write to; left out: checkpoints/quantize-METHOD")
     add("--resume", action="store_true", help="qat: go on from OUT/last.pt, with its flags")
     datasets.add_data_args(parser)
-    train.add_train_args(parser)
-    parser.set_defaults(**QAT_DEFAULTS)
+    train.add_train_args(parser, without=("--compile", "--frozen-norm-epochs"))  # lazy tensors; norms are folded
+    parser.set_defaults(**QAT_DEFAULTS, compile=False, frozen_norm_epochs=0)
     return parser
 
 
 def parse_args(argv):
-    """The flags; those of data and loss that are not given are the checkpoint's, with --resume all of them."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    out = args.out or f"checkpoints/{'dry-run/' if args.dry_run else ''}quantize-{args.method}"
-    path = Path(out) / "last.pt" if args.resume else Path(args.weights)
-    known = models.read_checkpoint(path)["args"]
-    inherited = {k: v for k, v in known.items() if k in vars(args) and (args.resume or k not in OWN_FLAGS)}
-    parser.set_defaults(**{k: v for k, v in inherited.items() if k not in ("resume", "dry_run", "threads", "device")})
-    args = parser.parse_args(argv)
-    args.out = out
+    """(flags, last.pt to go on from or None); flags of data and loss that are not given are the checkpoint's."""
+
+    def name(given):  # only QAT can be gone on with
+        return f"quantize-{given.get('method', 'qat' if given.get('resume') else 'ptq')}"
+
+    shared = dict(script="quantize.py", name=name, inherits=("data", "loss"), fixed=FIXED_FLAGS)
+    args, last = train.parse(make_parser(), argv, **shared)
     if args.method != "weight-only" and (args.bits != 8 or args.group_size):
         raise ModelError("--bits 4 and --group-size are of --method weight-only: the int8 kernels take neither")
     if args.adaround < 0 or (args.adaround and args.method not in ("ptq", "weight-only")):
         raise ModelError("--adaround takes a number of steps, and is of --method ptq and weight-only: "
                          "dynamic has no calibration, and qat moves the weights on")  # fmt: skip
-    return args
+    return args, last
 
 
 def main(argv=None):
     """Run the command line; returns what results.json holds."""
     start = time.perf_counter()
-    command = shlex.join(["python", "quantize.py", *(sys.argv[1:] if argv is None else argv)])
-    args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    train.keep_freed_memory()
-    train.set_seed(args.seed, deterministic=args.deterministic)
-    device = evaluate.pick_device(args.device)
-    args.amp = evaluate.choose_amp(args.amp, device)
-    float_model, checkpoint = models.load_checkpoint(args.weights, device=device)
-    if any(step["step"] == "quantize" for step in checkpoint["compression"]):
-        raise ModelError(f"{args.weights} is quantized already: give the float checkpoint that it was made from")
-    train_set, val_set = train.open_splits(args)
-    if list(val_set.info.classes) != list(checkpoint["data"]["classes"]):
-        data = checkpoint["data"]["name"]
-        raise ModelError(f"{args.weights} was trained on {data}, whose classes {args.dataset} does not have")
-    float_model = float_model.to(memory_format=torch.channels_last)
+    command = evaluate.command_line("quantize.py", argv)
+    args, last = parse_args(argv)
+    device = train.start(args)
+    parent = train.open_parent(args, device, refuse=FLOAT_ONLY)
+    info, out = parent.val_set.info, parent.out
     score = functools.partial(
-        evaluate.evaluate, loader=datasets.eval_loader(val_set, workers=args.workers), device=device, progress=True,
-        num_classes=len(val_set.info.classes), ignore_index=val_set.info.ignore_index, boundary=False,
+        evaluate.evaluate, loader=datasets.eval_loader(parent.val_set, workers=args.workers), device=device,
+        progress=True, num_classes=len(info.classes), ignore_index=info.ignore_index, boundary=False,
     )  # fmt: skip
-    rows = {"float": score(float_model)}
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if args.resume:
-        model, last = models.load_checkpoint(out / "last.pt", device=device)
-        entry, resume = last["compression"][-1], last["training"]
+    before = score(parent.model)
+    if last:
+        model, entry = models.load_checkpoint(out / "last.pt", device=device)[0], last["compression"][-1]
     else:
         images = calibration_images(args, device)
-        model, entry = quantize_network(float_model, images, args, score, rows["float"]["miou"], out)
-        resume = None
-    about = dict(
-        data=checkpoint["data"], pretrained=checkpoint["pretrained"], command=command,
-        args={k: train.plain(v) for k, v in vars(args).items() if k != "resume"},
-        lineage=[*checkpoint["lineage"], {"id": checkpoint["id"], "command": checkpoint["command"],
-                                          "miou": rows["float"]["miou"]}],
-    )  # fmt: skip
+        model, entry = quantize_network(parent.model, images, args, score, before["miou"], out)
 
-    def save(path, *, network=None, **state):
-        network = network or model
+    def steps(network):
         converted = all(layer.weight_q is not None for layer in quant_layers(network).values())
-        step = entry | {"state": "int8" if converted else "simulated"}
-        weights = packed(network.state_dict()) if converted else None
-        models.save_checkpoint(
-            path, network, state_dict=weights, compression=[*checkpoint["compression"], step], **about, **state
-        )
+        return [*parent.checkpoint["compression"], entry | {"state": "int8" if converted else "simulated"}]
 
-    history = None
+    lineage = [*parent.checkpoint["lineage"], train.ancestor(parent.checkpoint, before["miou"])]
+    save = train.saver(
+        args, command, data=parent.checkpoint["data"], pretrained=parent.checkpoint["pretrained"], lineage=lineage,
+        compression=steps,
+    )  # fmt: skip
+    stages, more = {"float": evaluate.Stage(before)}, {}
     if args.method == "qat":
-        teacher = float_model if args.kl else None
         done = fine_tune(
-            model, teacher, train_set, val_set, args=args, out=out, device=device, save=save, resume=resume
+            model,
+            parent.model,
+            parent,
+            args=args,
+            device=device,
+            save=functools.partial(save, network=model),
+            last=last,
         )
         if done["stopped"]:
-            print(f"{done['stopped']}: stopped after step {done['step']}. "
-                  f"Go on with: python quantize.py --method qat --resume --out {out}")  # fmt: skip
             return {"stopped": done["stopped"], "step": done["step"]}
-        train.plot_curves(done["history"], out / "curves.png")
-        model, history = models.load_checkpoint(out / "best.pt", device=device)[0], done["history"]
+        model, more["epochs"] = models.load_checkpoint(out / "best.pt", device=device)[0], args.epochs
     if args.method in ("ptq", "qat"):
-        rows["fake quantized"] = score(model)
-    half = torch.bfloat16 if entry["attention"] == "bf16" else None
-    convert(model.eval(), half=half)
+        stages["fake quantized"] = evaluate.Stage(score(model))
+    convert(model.eval(), half=torch.bfloat16 if entry["attention"] == "bf16" else None)
     if args.method in ("ptq", "qat"):
         entry["outputs"] = observe_outputs(model, calibration_images(args, device))
-    metrics = evaluate.score(model, val_set, device=device, out=out, workers=args.workers)
-    rows["converted"] = metrics
-    save(out / "best.pt", network=model, metrics={k: metrics[k] for k in ("miou", "macc", "aacc")})
-    return report(
-        float_model, out, rows, args=args, command=command, val_set=val_set, device=device,
-        seconds=time.perf_counter() - start, history=history,
-    )  # fmt: skip
+    metrics = evaluate.score(model, parent.val_set, device=device, out=out, workers=args.workers)
+    kept = {k: metrics[k] for k in ("miou", "macc", "aacc")}
+    save(out / "best.pt", model, metrics=kept, state_dict=packed(model.state_dict()))
+    stages["float"] = evaluate.Stage(
+        before, parent.model, parent.checkpoint, Path(args.weights), parent.checkpoint["command"]
+    )
+    return report(stages, metrics, args=args, command=command, parent=parent, device=device, start=start, more=more)
 
 
 def calibration_images(args, device):
@@ -1990,71 +1937,39 @@ def write_sensitivity(ranking, out):
     evaluate.save_figure(figure, out / "sensitivity.png")
 
 
-def report(float_model, out, rows, *, args, command, val_set, device, seconds, history):
+def report(stages, metrics, *, args, command, parent, device, start, more):
     """Print what was quantized, what was not and why, and what it cost -> what results.json holds."""
-    model, checkpoint = models.load_checkpoint(out / "best.pt", device=device)
-    entry, image = checkpoint["compression"][-1], val_set[0][0][None].to(device)
-    results = functools.partial(evaluate.results, split="val", device=device, seconds=seconds)
-    before_checkpoint = models.read_checkpoint(args.weights)
-    before = results(float_model, before_checkpoint, rows["float"], command=checkpoint["lineage"][-1]["command"],
-                     path=args.weights)  # fmt: skip
-    done = results(model, checkpoint, rows["converted"], command=command, path=out / "best.pt")
-    simplify(float_model)
-
-    def run(network):
-        with torch.inference_mode():
-            return network(image)
-
-    calls = [functools.partial(run, float_model), functools.partial(run, model)]
-    times = evaluate.milliseconds(calls, 1 if args.dry_run else 10)
-    energy, no_energy = energy_of(calls, device, seconds=0.1 if args.dry_run else 2)
+    path = parent.out / "best.pt"
+    model, checkpoint = models.load_checkpoint(path, device=device)
+    entry, image = checkpoint["compression"][-1], parent.val_set[0][0][None].to(device)
+    stages["converted"] = evaluate.Stage(metrics, model, checkpoint, path, command)
+    evaluate.run_once(model, image)  # checks the kernels
     layers = quant_layers(model)
     wrong = {name: "its int8 kernel is wrong on this machine" for name, layer in layers.items() if layer.right is False}
     int8 = [name for name, layer in layers.items() if layer.points[0] is not None and name not in wrong]
     quantized = sum(layer.quantized_params for layer in layers.values())
-    done |= {
-        "before": before,
-        "miou_fake_quantized": rows["fake quantized"]["miou"] if "fake quantized" in rows else None,
-        "latency_ms": times[1], "latency_ms_before": times[0], "energy_j": energy[1], "energy_j_before": energy[0],
+    fake = stages.get("fake quantized")
+    more |= {
+        "miou_fake_quantized": fake.metrics["miou"] if fake else None,
         "int8_kernels": bool(int8) and kernels(),
         "layers": len(entry["plan"]) + len(entry["left"]), "int8_layers": len(int8),
         "float_layers": entry["left"] | entry["weights_only"] | wrong,
         "quantized_macs_percent": 100 * sum(entry["macs"].get(name, 0) for name in int8) / entry["total_macs"],
         "quantized_params_percent": 100 * quantized / models.count_params(model)[0],
     }  # fmt: skip
-    if history is not None:
-        done["epochs"] = args.epochs
-    evaluate.write_json(out / "results.json", done)
-    for name, why in done["float_layers"].items():
+    for name, why in more["float_layers"].items():
         print(f"in float: {name} ({why}{'; its weight is int8' if name in layers else ''})")
-    print(f"int8: {done['int8_layers']} of {done['layers']} layers, {done['quantized_macs_percent']:.1f}% of the MACs; "
-          f"{done['quantized_params_percent']:.1f}% of the parameters in {args.bits} bits")  # fmt: skip
-    size = {"float": before["file_mb"], "converted": done["file_mb"]}
-    latency = {"float": times[0], "converted": times[1]}
-    joules = {"float": energy[0], "converted": energy[1]}
-    evaluate.print_table([
-        {"network": name, "mIoU": row["miou"], "mAcc": row["macc"], "aAcc": row["aacc"], "file, MiB": size.get(name),
-         "latency, ms": latency.get(name), **({} if no_energy else {"energy, J": joules.get(name)})}
-        for name, row in rows.items()
-    ])  # fmt: skip
-    if no_energy:
-        print(f"no energy: {no_energy}")
-    if times[1] > times[0]:
-        print(f"slower than float: {times[1]:.1f} ms against {times[0]:.1f}")
+    print(f"int8: {more['int8_layers']} of {more['layers']} layers, {more['quantized_macs_percent']:.1f}% of the MACs; "
+          f"{more['quantized_params_percent']:.1f}% of the parameters in {args.bits} bits")  # fmt: skip
+    seconds = time.perf_counter() - start
+    shared = dict(out=parent.out, seconds=seconds, device=device, dry_run=args.dry_run)
+    done = evaluate.before_after(stages, image, more=more, **shared)
     if int8 and not kernels():
         print("no int8 kernels on this machine: computed in float from the int8 weights")
-    print(f"{done['file_mb'] / before['file_mb']:.3f} of the size, {times[0] / times[1]:.2f} times as fast; "
-          f"{out / 'best.pt'}; results.json and figures beside it")  # fmt: skip
+    print(f"{done['file_mb'] / done['before']['file_mb']:.3f} of the size, "
+          f"{done['latency_ms_before'] / done['latency_ms']:.2f} times as fast; "
+          f"{path}; results.json and figures beside it")  # fmt: skip
     return done
-
-
-def energy_of(calls, device, *, seconds):
-    """([joules of a call of each of `calls`], None), or ([None, ...], why there is no meter)."""
-    try:
-        meter = evaluate.energy_meter(device)
-    except OSError as error:
-        return [None] * len(calls), str(error)
-    return [evaluate.measure_energy(call, meter, seconds=seconds, batch=1)["energy_j"] for call in calls], None
 
 
 if __name__ == "__main__":

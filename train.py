@@ -14,8 +14,10 @@ Writes to --out (default checkpoints/train): best.pt (best mIoU; the EMA's weigh
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
+import functools
 import inspect
 import math
 import os
@@ -25,6 +27,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,6 +43,7 @@ from models import ModelError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 DEFAULT_LOSS = "ce"
+ADVICE = "Try a lower --lr, --clip 1, --warmup, or --amp off"  # where training diverges
 SCHEDULES = ("poly", "restarts", "cosine", "plateau", "constant")
 
 
@@ -54,28 +58,34 @@ class Objective(nn.Module):
     """Network and loss in one module, which DistributedDataParallel can wrap whole.
 
     (images (N, 3, H, W), target (N, H, W)) -> scalar loss: that of the logits, resized in float32 to the target's
-    size, plus aux_weight times that of each auxiliary output. `loss` None: the set loss of a network that has queries.
+    size, plus aux_weight times that of each auxiliary output, plus kl times losses.distillation() from a teacher, a
+    network in eval mode, at `temperature`. `loss` None: the set loss of a network that has queries, which takes no
+    teacher.
     """
 
-    def __init__(self, model, loss, aux_weight=0.4, ignore_index=255):
+    def __init__(self, model, loss, aux_weight=0.4, ignore_index=255, *, teacher=None, kl=0.0, temperature=1.0):
         super().__init__()
         self.model, self.loss, self.aux_weight, self.ignore_index = model, loss, aux_weight, ignore_index
+        self.teacher = (teacher,) if kl else None  # in a tuple: its weights are neither trained nor kept
+        self.kl, self.temperature = kl, temperature
 
     def forward(self, images, target):
         features = self.model.encode(images)
         if self.loss is None:
             head = self.model.head
             return losses.mask_set_loss(head.queries(features), target, self.ignore_index, stride=head.stride)
-        return self.weigh(self.logits(features, target.shape[-2:]), target)
-
-    def logits(self, features, size):
-        """Those of the network and of its auxiliary outputs, at full size."""
         # contiguous: in channels_last, what the network computes in, the softmax over K classes is slower on a CPU
-        return [self.model.resize(x.float().contiguous(), size) for x in self.model.predictions(features)]
-
-    def weigh(self, logits, target):
+        size = target.shape[-2:]
+        logits = [self.model.resize(x.float().contiguous(), size) for x in self.model.predictions(features)]
         first, *others = (self.loss(x, target) for x in logits)
-        return first + self.aux_weight * sum(others)
+        total = first + self.aux_weight * sum(others)
+        if self.teacher:
+            with torch.no_grad():
+                expected = self.teacher[0](images).float()
+            total = total + self.kl * losses.distillation(
+                logits[0], target, teacher=expected, temperature=self.temperature, ignore_index=self.ignore_index
+            )
+        return total
 
 
 # ---- optimizer, learning rate, weight average -----------------------------------------------------------------------
@@ -309,9 +319,12 @@ class Keeper:
         return [row["miou"] for row in self.state["history"] if "miou" in row]
 
     def resume(self, training):
-        """Take up the "training" entry of a last.pt."""
+        """Take up the "training" entry of a last.pt; learning rates and so on stay those of the optimizer given."""
         self.state.update({k: training[k] for k in self.state})
+        numbers = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(training["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, numbers, strict=True):
+            group.update(own)
         self.objective.load_state_dict(training["objective"], strict=False)  # the network's own part is loaded already
         if self.scaler:
             self.scaler.load_state_dict(training["scaler"])
@@ -332,6 +345,17 @@ class Keeper:
         }
         self.save(self.out_dir / "last.pt", metrics=self.state["best"], training=training)
 
+    def demand_finite(self):
+        """Raise TrainingError where the last step left weights, or an average of them, that are not finite."""
+        ours = [*self.objective.state_dict().items(), *(self.ema.shadow.items() if self.ema else ())]
+        try:
+            models.demand_finite(ours, "")
+        except ModelError as error:
+            raise TrainingError(
+                f"after step {self.state['step']} {str(error).rstrip(': ')}. Stopped; what is in {self.out_dir} was "
+                f"left alone. {ADVICE}"
+            ) from None
+
     def evaluate(self):
         """mIoU, mAcc and aAcc of the weights (the EMA's, if there is one), written to best.pt if they are the best."""
         model, info = self.objective.model, self.val_set.info
@@ -342,7 +366,7 @@ class Keeper:
             )  # fmt: skip
             metrics = {k: metrics[k] for k in ("miou", "macc", "aacc")}
             best = self.state["best"]
-            if best is None or not metrics["miou"] <= best["miou"]:
+            if best is None or metrics["miou"] > best["miou"] or math.isnan(best["miou"]):
                 self.state["best"] = metrics | {"step": self.state["step"]}
                 if self.rank == 0:
                     self.save(self.out_dir / "best.pt", metrics=self.state["best"])
@@ -353,6 +377,7 @@ class Keeper:
         state = self.state
         loss = _over_processes(state["loss_sum"], self.device) / _over_processes(state["loss_count"], self.device)
         row = dict(epoch=epoch + 1, step=state["step"], lr=self.optimizer.param_groups[-1]["lr"], loss=loss)
+        self.demand_finite()
         if evaluate:
             row.update(self.evaluate())
         row.update(images_per_second=round(images_per_second, 2), seconds=round(self.seconds(), 2))
@@ -437,7 +462,7 @@ def fit(
             files = ", ".join(train_set.file(i) for i, _ in sampler.batch(step))
             raise TrainingError(
                 f"the loss is {loss} at step {step} (epoch {step // an_epoch + 1}), on {files}. Stopped; "
-                f"{keeper.out_dir / 'best.pt'} was left alone. Try a lower --lr, --clip 1, --warmup, or --amp off"
+                f"{keeper.out_dir / 'best.pt'} was left alone. {ADVICE}"
             )
 
     images_done, seconds_done = 0, 0.0
@@ -489,6 +514,7 @@ def fit(
                 break
     stopped = None
     if state["step"] < stop:
+        keeper.demand_finite()
         keeper.save_last()
         stopped = signals.name or "a signal to another process"
     return {**{k: state[k] for k in ("history", "best", "step")}, "seconds": keeper.seconds(), "stopped": stopped}
@@ -555,17 +581,21 @@ def add_model_args(parser):
     add("--output-stride", type=int, choices=(8, 16, 32), help="of a convolutional backbone; left out: the head's")
     add("--aux", action=yes_no, default=default["aux"], help="auxiliary FCN head while training")
     add("--width", type=int, metavar="N", help="of unet: channels of the first stage; left out: 64")
-    add("--aux-weight", type=float, default=0.4, help="weight of auxiliary losses")
     add("--pretrained", default="auto", metavar="auto|require|PATH", help="hub weights if to be had, or a local copy")
     add("--no-pretrained", dest="pretrained", action="store_const", const="no", help="train from scratch")
     add("--freeze-backbone", action=yes_no, help="left out: frozen if pretrained, trained from scratch otherwise")
 
 
-def add_train_args(parser):
-    """Flags of the loss, the optimizer, the loop and the machine."""
-    group = parser.add_argument_group("training")
-    add, yes_no = group.add_argument, argparse.BooleanOptionalAction
+def add_train_args(parser, *, without=()):
+    """Flags of the loss, the optimizer, the loop and the machine, but those `without`, which a script does not read."""
+
+    def group(title):
+        known = parser.add_argument_group(title).add_argument
+        return lambda flag, **options: None if flag in without else known(flag, **options)
+
+    add, yes_no = group("loss"), argparse.BooleanOptionalAction
     add("--loss", choices=losses.LOSSES, help=f"left out: {DEFAULT_LOSS}, or the network's own")
+    add("--aux-weight", type=float, default=0.4, help="weight of the losses of auxiliary outputs")
     add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
     add("--ohem-thresh", type=float, default=0.5, help="OHEM: pixels below this probability count as hard")
     add("--ohem-kept", type=int, default=10_000, help="OHEM: pixels of a batch kept at least")
@@ -574,6 +604,7 @@ def add_train_args(parser):
     add("--tversky-beta", type=float, default=0.7, help="Tversky loss: weight of false negatives")
     add("--boundary-weight", type=float, default=0.0, metavar="W", help="label boundaries weigh 1 + W in cross-entropy")
     add("--boundary-width", type=int, default=3, metavar="PIXELS", help="of that band, on each side of a boundary")
+    add = group("training")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer")
     add("--lr", type=float, default=7e-4, help="learning rate of all but the backbone")
     add("--backbone-lr", type=float, help="learning rate of the backbone; left out: that of the rest")
@@ -589,12 +620,13 @@ def add_train_args(parser):
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights, e.g. 0.999; 0: do not")
     add("--frozen-norm-epochs", type=int, default=0, metavar="N", help="last epochs: BatchNorm's statistics stay")
+    add("--eval-every", type=int, default=1, metavar="EPOCHS", help="evaluate, and keep the best by mIoU")
+    add("--save-every", type=int, default=1, metavar="EPOCHS", help="write last.pt")
+    add = group("machine")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: the fastest")
     add("--compile", action=yes_no, default=False, help="torch.compile the step")
     add("--seed", type=int, default=0, help="of everything random")
     add("--deterministic", action=yes_no, default=False, help="refuse operations that do not repeat bit for bit")
-    add("--eval-every", type=int, default=1, metavar="EPOCHS", help="evaluate, and keep the best by mIoU")
-    add("--save-every", type=int, default=1, metavar="EPOCHS", help="write last.pt")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
     add("--threads", type=int, help="CPU threads; left out: PyTorch's choice")
     add("--tensorboard", action="store_true", help="also write TensorBoard events")
@@ -606,36 +638,184 @@ def get_parser():
     datasets.add_data_args(parser)
     add_model_args(parser)
     add_train_args(parser)
-    parser.add_argument("--out", default="checkpoints/train", help="folder to write to")
+    parser.add_argument("--out", help="folder to write to; left out: checkpoints/train")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     parser.add_argument("--time-steps", type=int, metavar="N", help="only time N steps, a plain loop, the loader")
     return parser
 
 
-# what --resume cannot change: it would be another run
-FIXED_FLAGS = ("dataset", "size", "crop", "batch_size", "seed", "model", "backbone", "head", "taps", "norm", "dropout",
-               "fuse", "upsample", "output_stride", "aux", "width", "freeze_backbone", "optimizer", "ema", "amp",
-               "void_as_class", "train_share", "val_drives")  # fmt: skip
+# what --resume cannot change, as it would be another run: of every script, and of train.py besides
+FIXED_FLAGS = ("dataset", "size", "crop", "batch_size", "seed", "optimizer", "ema", "amp", "void_as_class",
+               "train_share", "val_drives")  # fmt: skip
+NETWORK_FLAGS = ("model", "backbone", "head", "taps", "norm", "dropout", "fuse", "upsample", "output_stride", "aux",
+                 "width", "pretrained", "freeze_backbone")  # fmt: skip
 
 
-def parse_args(argv):
-    """Parsed flags and, with --resume, the last.pt to go on from, whose flags hold where the command line is silent."""
-    parser = get_parser()
+# ---- what every script that trains shares ---------------------------------------------------------------------------
+
+
+def parse(parser, argv, *, script, name, inherits=(), fixed=()):
+    """Parsed flags and, with --resume, the last.pt to go on from, else None.
+
+    Flags that the command line leaves out are, with --resume, those of that last.pt; otherwise, in the groups that
+    `inherits` names, those that the checkpoint --weights was trained with. fixed: flags, besides FIXED_FLAGS, that
+    --resume cannot change; it takes up every other one that is given. args.out becomes the folder to write to: --out,
+    or that of `name`, a text or a function of what the command line gives. Raises ModelError.
+    """
+    silent = copy.deepcopy(parser)  # argparse does not tell what was given from what is a default
+    silent._defaults = {}
+    for action in silent._actions:
+        action.default = argparse.SUPPRESS
+    args, given = parser.parse_args(argv), vars(silent.parse_args(argv))
+    name = name if isinstance(name, str) else name(given)
+    source = evaluate.out_folder(args.out, name, dry_run=False)
+    known, last = {}, None
+    if args.resume:
+        last = read_last(source / "last.pt", script, name)
+        known = last["args"]
+        changed = [k for k in given if k in (*FIXED_FLAGS, *fixed) and plain(given[k]) != known.get(k)]
+        if changed:
+            flags = ", ".join(f"--{k.replace('_', '-')}" for k in changed)
+            raise ModelError(f"--resume goes on with the run in {source / 'last.pt'}: {flags} cannot change now")
+    elif inherits:
+        known = models.read_checkpoint(args.weights)["args"]
+        of_groups = {a.dest for group in parser._action_groups if group.title in inherits for a in group._group_actions}
+        known = {k: v for k, v in known.items() if k in of_groups}
+    own = ("out", "resume", "dry_run")
+    parser.set_defaults(**{k: v for k, v in known.items() if k in vars(args) and k not in own})
     args = parser.parse_args(argv)
-    if not args.resume:
-        return args, None
-    path = Path(args.out) / "last.pt"
+    out = evaluate.out_folder(args.out, name, dry_run=args.dry_run)
+    if last and out != source:  # of a dry run, which leaves the run alone
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / "best.pt", out)
+    args.out = str(out)
+    return args, last
+
+
+def read_last(path, script, name):
+    """The checkpoint that a run of `script` stopped at. Raises ModelError where it is none."""
+    if not path.is_file():
+        raise ModelError(f"no run to go on with at {path}: leave out --resume, or name the --out of {script}'s run")
     last = models.read_checkpoint(path)
     if "training" not in last:
         raise ModelError(f"{path} has no training state: it cannot be resumed")
-    known = {k: v for k, v in last["args"].items() if k in vars(args) and k not in ("out", "resume", "dry_run")}
-    parser.set_defaults(**known)
-    args = parser.parse_args(argv)
-    changed = [f"--{k.replace('_', '-')}" for k in FIXED_FLAGS if plain(getattr(args, k)) != known.get(k)]
-    if changed:
-        raise ModelError(f"--resume goes on with the run in {path}: {', '.join(changed)} cannot change now")
-    args.resume = True
-    return args, last
+    wrote = last["command"].split()[1:2]
+    if wrote != [script]:
+        raise ModelError(f"{path} is of a run of {' '.join(wrote)}, not of {script}: go on with that script")
+    return last
+
+
+def start(args):
+    """Threads, seed, precision, as the flags say -> the device to run on."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    set_seed(args.seed, deterministic=args.deterministic)
+    device = evaluate.pick_device(args.device)
+    args.amp = evaluate.choose_amp(args.amp, device)
+    return device
+
+
+class Parent(NamedTuple):
+    """What a script that changes a network starts from: the network of --weights, its checkpoint and data, and the
+    folder to write to."""
+
+    model: nn.Module
+    checkpoint: dict
+    train_set: datasets.SegmentationDataset
+    val_set: datasets.SegmentationDataset
+    out: Path
+
+
+def open_parent(args, device, *, refuse=None, same_classes=True):
+    """The network of --weights and the data of the flags -> Parent; its folder is made.
+
+    refuse: {step of compression that cannot come before this one: why}. same_classes: whether the data must have the
+    classes that the network knows. Raises ModelError.
+    """
+    model, checkpoint = models.load_checkpoint(args.weights, device=device)
+    for step in checkpoint["compression"]:
+        if why := (refuse or {}).get(step["step"]):
+            raise ModelError(f"{args.weights} {why}")
+    train_set, val_set = open_splits(args)
+    if same_classes and list(val_set.info.classes) != list(checkpoint["data"]["classes"]):
+        data = checkpoint["data"]["name"]
+        raise ModelError(f"{args.weights} was trained on {data}, whose classes {args.dataset} does not have")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    return Parent(model.to(memory_format=torch.channels_last), checkpoint, train_set, val_set, out)
+
+
+def ancestor(checkpoint, miou=None):
+    """A checkpoint as an entry of its descendants' lineage. miou: as measured now; left out: as it says itself."""
+    miou = checkpoint["metrics"].get("miou") if miou is None else miou
+    return {"id": checkpoint["id"], "command": checkpoint["command"], "miou": miou}
+
+
+def saver(args, command, *, data, pretrained, lineage, compression=()):
+    """save(path, network, **more of save_checkpoint()'s) for the checkpoints of a run; `compression`: the steps so far,
+    or a function of the network that gives them."""
+    flags = {k: plain(v) for k, v in vars(args).items() if k not in ("resume", "time_steps")}
+    about = dict(data=data, pretrained=pretrained, command=command, args=flags, lineage=lineage)
+
+    def save(path, network, **more):
+        steps = compression(network) if callable(compression) else compression
+        models.save_checkpoint(path, network, compression=steps, **about, **more)
+
+    return save
+
+
+def make_objective(args, model, train_set, out, device, **teacher):
+    """The Objective that the flags describe; teacher: as Objective has it."""
+    loss = make_loss(args, model, train_set, out)
+    return Objective(model, loss, args.aux_weight, train_set.info.ignore_index, **teacher).to(device)
+
+
+def optimizer_and_schedule(args, objective, steps):
+    """(optimizer, schedule over `steps` steps) that the flags describe."""
+    optimizer = make_optimizer(
+        objective, args.optimizer, lr=args.lr, backbone_lr=args.lr if args.backbone_lr is None else args.backbone_lr,
+        weight_decay=args.weight_decay, momentum=args.momentum,
+    )  # fmt: skip
+    return optimizer, make_schedule(
+        args.schedule, total=steps, warmup=args.warmup, power=args.power, cycles=args.cycles, patience=args.patience
+    )
+
+
+def total_steps(args, train_set):
+    return args.epochs * max(1, len(train_set) // args.batch_size)
+
+
+def fit_by_flags(args, objective, train_set, val_set, *, script, device, save, last=None, **hooks):
+    """fit() as the flags say, with norms frozen for the last epochs; then draws curves.png -> what fit() returns.
+
+    save(path, **more) writes the network. last: the last.pt to go on from. hooks: after_step, score_first of fit().
+    Where a signal stopped it, it says how to go on, and draws nothing.
+    """
+    rank, _ = rank_and_world()
+    out, training = Path(args.out), last and last["training"]
+    optimizer, schedule = optimizer_and_schedule(args, objective, total_steps(args, train_set))
+
+    def on_epoch_start(epoch):
+        if epoch >= args.epochs - args.frozen_norm_epochs:
+            freeze_norms(objective.model)
+
+    writer = open_writer(args, out, rank)
+    done = fit(
+        objective, train_set, val_set, optimizer=optimizer, schedule=schedule, epochs=args.epochs,
+        batch_size=args.batch_size, seed=args.seed, device=device, out_dir=out, save=save, workers=args.workers,
+        accumulate=args.accumulate, clip=args.clip, amp=args.amp, ema_decay=args.ema, eval_every=args.eval_every,
+        save_every=args.save_every, max_steps=(training["step"] if last else 0) + 2 if args.dry_run else None,
+        resume=training, compile_step=args.compile, writer=writer, on_epoch_start=on_epoch_start, **hooks,
+    )  # fmt: skip
+    if writer:
+        writer.close()
+    if rank == 0 and done["stopped"]:
+        print(f"{done['stopped']}: stopped after step {done['step']}. "
+              f"Go on with: {shlex.join(['python', script, '--resume', '--out', str(out)])}")  # fmt: skip
+    elif rank == 0:
+        plot_curves(done["history"], out / "curves.png")
+    return done
 
 
 def plain(value):
@@ -724,12 +904,12 @@ def open_writer(args, out, rank):
     return SummaryWriter(out)
 
 
-def time_steps(objective, train_set, args, optimizer, schedule, device, steps):
-    """Time a step of fit() against a plain loop on the same network, and the loader alone -> dict of images/s.
+def time_steps(args, objective, train_set, device):
+    """Time --time-steps steps of fit() against a plain loop on the same network, and the loader alone -> images/s.
 
     The two kinds of step alternate on the same batches, so that a drifting machine slows both alike; medians.
     """
-    ahead = 2 * args.workers + 1  # batches that the workers have ready before the clock starts
+    steps, ahead = args.time_steps, 2 * args.workers + 1  # batches that the workers have ready before the clock starts
     share = dict(batch_size=args.batch_size, seed=args.seed, start=0, stop=steps + 2 + ahead)
     loader = iter(datasets.train_loader(train_set, workers=args.workers, **share))
     for _ in range(ahead):
@@ -737,6 +917,7 @@ def time_steps(objective, train_set, args, optimizer, schedule, device, steps):
     began = time.perf_counter()
     batches = list(loader)
     loading = (time.perf_counter() - began) / len(batches)
+    optimizer, schedule = optimizer_and_schedule(args, objective, total_steps(args, train_set))
     ema = Ema(objective.model, args.ema) if args.ema else None
     amp_dtype = evaluate.AMP_DTYPES[args.amp]
 
@@ -779,18 +960,9 @@ def time_steps(objective, train_set, args, optimizer, schedule, device, steps):
 
 def main(argv=None):
     """Run the command line; returns what results.json holds."""
-    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-    args, last = parse_args(argv)
-    if args.dry_run and args.out == get_parser().get_default("out"):  # two steps must not replace a trained network
-        source, args.out = Path(args.out), "checkpoints/dry-run/train"
-        if last:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / "best.pt", args.out)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    set_seed(args.seed, deterministic=args.deterministic)
-    with process_group(evaluate.pick_device(args.device)) as device:
+    command = evaluate.command_line("train.py", argv)
+    args, last = parse(get_parser(), argv, script="train.py", name="train", fixed=NETWORK_FLAGS)
+    with process_group(start(args)) as device:
         return run(args, last, command, device)
 
 
@@ -799,59 +971,27 @@ def run(args, last, command, device):
     rank, world = rank_and_world()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    args.amp = evaluate.choose_amp(args.amp, device)
     train_set, val_set = open_splits(args)
     model = make_network(args, len(train_set.info.classes), last).to(device, memory_format=torch.channels_last)
-    loss = make_loss(args, model, train_set, out)
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    objective = Objective(model, loss, args.aux_weight, train_set.info.ignore_index).to(device)
-    backbone_lr = args.lr if args.backbone_lr is None else args.backbone_lr
-    optimizer = make_optimizer(
-        objective, args.optimizer, lr=args.lr, backbone_lr=backbone_lr, weight_decay=args.weight_decay,
-        momentum=args.momentum,
-    )  # fmt: skip
-    an_epoch = max(1, len(train_set) // args.batch_size)
-    schedule = make_schedule(
-        args.schedule, total=args.epochs * an_epoch, warmup=args.warmup, power=args.power, cycles=args.cycles,
-        patience=args.patience,
-    )  # fmt: skip
+    objective = make_objective(args, model, train_set, out, device)
     if rank == 0:
         precision = "float32" if args.amp == "off" else args.amp
         print(f"{models.model_name(model.build)} on {args.dataset} ({device}, {precision}): "
-              f"{len(train_set)} images, {an_epoch} steps an epoch")  # fmt: skip
+              f"{len(train_set)} images, {total_steps(args, train_set) // args.epochs} steps an epoch")  # fmt: skip
         print(models.parameter_summary(model))
     if args.time_steps:
-        return time_steps(objective, train_set, args, optimizer, schedule, device, args.time_steps)
-
-    flags = {k: plain(v) for k, v in vars(args).items() if k not in ("resume", "time_steps")}
-    about = dict(
-        data=train_set.info.to_dict(), args=flags, pretrained="yes" if model.pretrained else "no", command=command,
+        return time_steps(args, objective, train_set, device)
+    save = saver(
+        args, command, data=train_set.info.to_dict(), pretrained="yes" if model.pretrained else "no",
         lineage=last["lineage"] if last else [],
     )  # fmt: skip
-
-    def save(path, **state):
-        models.save_checkpoint(path, model, **about, **state)
-
-    def on_epoch_start(epoch):
-        if epoch >= args.epochs - args.frozen_norm_epochs:
-            freeze_norms(model)
-
-    writer = open_writer(args, out, rank)
-    step = last["training"]["step"] if last else 0
-    done = fit(
-        objective, train_set, val_set, optimizer=optimizer, schedule=schedule, epochs=args.epochs,
-        batch_size=args.batch_size, seed=args.seed, device=device, out_dir=out, save=save, workers=args.workers,
-        accumulate=args.accumulate, clip=args.clip, amp=args.amp, ema_decay=args.ema, eval_every=args.eval_every,
-        save_every=args.save_every, max_steps=step + 2 if args.dry_run else None, resume=last and last["training"],
-        compile_step=args.compile, writer=writer, on_epoch_start=on_epoch_start,
-    )  # fmt: skip
+    save = functools.partial(save, network=model)
+    done = fit_by_flags(args, objective, train_set, val_set, script="train.py", device=device, save=save, last=last)
     if rank:
         return {}
-    if writer:
-        writer.close()
     if done["stopped"]:
-        print(f"{done['stopped']}: stopped after step {done['step']}. Go on with: python train.py --resume --out {out}")
         return {"stopped": done["stopped"], "step": done["step"]}
     return finish(done, val_set, out, command, device, args)
 
@@ -859,7 +999,6 @@ def run(args, last, command, device):
 def finish(done, val_set, out, command, device, args):
     """Score best.pt in float32, draw the figures, print the summary -> what results.json holds."""
     best, checkpoint = models.load_checkpoint(out / "best.pt", device=device)
-    plot_curves(done["history"], out / "curves.png")
     metrics = evaluate.score(best, val_set, device=device, out=out, workers=args.workers)
     common = dict(command=command, split="val", seconds=done["seconds"], device=device, path=out / "best.pt")
     results = evaluate.results(best, checkpoint, metrics, **common)
