@@ -671,9 +671,9 @@ def parse(parser, argv, *, script, name, inherits=(), fixed=()):
     source = evaluate.out_folder(args.out, name, dry_run=False)
     known, last = {}, None
     if args.resume:
-        last = read_last(source / "last.pt", script, name)
+        last = read_last(source / "last.pt", script)
         known = last["args"]
-        changed = [k for k in given if k in (*FIXED_FLAGS, *fixed) and plain(given[k]) != known.get(k)]
+        changed = [k for k in (*FIXED_FLAGS, *fixed) if k in given and plain(given[k]) != known.get(k)]
         if changed:
             flags = ", ".join(f"--{k.replace('_', '-')}" for k in changed)
             raise ModelError(f"--resume goes on with the run in {source / 'last.pt'}: {flags} cannot change now")
@@ -692,10 +692,10 @@ def parse(parser, argv, *, script, name, inherits=(), fixed=()):
     return args, last
 
 
-def read_last(path, script, name):
+def read_last(path, script):
     """The checkpoint that a run of `script` stopped at. Raises ModelError where it is none."""
     if not path.is_file():
-        raise ModelError(f"no run to go on with at {path}: leave out --resume, or name the --out of {script}'s run")
+        raise ModelError(f"no checkpoint at {path}: leave out --resume, or name the --out of a run of {script}")
     last = models.read_checkpoint(path)
     if "training" not in last:
         raise ModelError(f"{path} has no training state: it cannot be resumed")

@@ -618,6 +618,56 @@ def test_class_weights_are_a_buffer():
     assert not list(loss.parameters())
 
 
+# ---- distillation against torch's own divergence ----
+
+
+def taught(teacher, **options):
+    return lambda logits, target: losses.distillation(logits, target, teacher=teacher, **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_distillation_is_torchs_divergence_on_the_valid_pixels(temperature):
+    (student, target), (teacher, _) = batch(4), batch(4, seed=1)
+    valid = target != IGNORE
+    rows = (x.movedim(1, -1)[valid].div(temperature).log_softmax(1) for x in (student, teacher))
+    expected = temperature**2 * F.kl_div(*rows, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(taught(teacher, temperature=temperature)(student, target), expected)
+
+
+def test_distillation_of_a_perfect_student_and_of_nothing_is_zero():
+    student, target = batch(4)
+    value, gradient = grad(taught(student), student, target)
+    assert value == pytest.approx(0, abs=1e-6)
+    assert gradient.abs().max() < 1e-7
+    value, gradient = grad(taught(batch(4, seed=1)[0]), student, torch.full_like(target, IGNORE))
+    assert value == 0
+    assert (gradient == 0).all()
+
+
+def test_distillation_does_not_depend_on_batch_size_or_ignored_pixels():
+    (student, target), (teacher, _) = batch(4), batch(4, seed=1)
+    value = taught(teacher)(student, target)
+    twice = (torch.cat([x, x]) for x in (teacher, student, target))
+    torch.testing.assert_close((lambda t, x, y: taught(t)(x, y))(*twice), value)
+    moved = student + 9 * (target == IGNORE).unsqueeze(1) * torch.arange(4).view(4, 1, 1)
+    torch.testing.assert_close(taught(teacher)(moved, target), value)
+
+
+def test_distillation_in_half_precision_is_finite_and_the_teacher_gets_no_gradient():
+    (student, target), (teacher, _) = batch(4, scale=300.0, dtype=torch.bfloat16), batch(4, scale=300.0, seed=1)
+    teacher.requires_grad_()
+    value, gradient = grad(taught(teacher), student, target)
+    assert value.dtype == torch.float32
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    assert teacher.grad is None
+
+
+def test_distillation_wants_logits_of_one_shape():
+    with pytest.raises(ValueError, match=r"teacher's logits are \(2, 5, 7, 5\)"):
+        taught(batch(5)[0])(*batch(4))
+
+
 # ---- several processes ----
 
 
@@ -637,6 +687,10 @@ GLOBAL_MEANS = {  # losses whose mean is over the pixels of all ranks
 }
 
 
+def teacher(logits):
+    return 0.5 * logits.flip(1)
+
+
 def rank_main(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
@@ -646,6 +700,7 @@ def rank_main(rank, folder):
         result = {}
         for key, (name, options) in GLOBAL_MEANS.items():
             result[key] = grad(make(name, **options), logits, target)
+        result["taught"] = grad(taught(teacher(logits)), logits, target)
         # Every pixel of every rank is ignored: the global count is 0.
         result["empty"] = grad(make("ce"), logits, torch.full_like(target, IGNORE))
         if rank == 0:  # One rank alone, as in evaluation: it must not wait for the other.
@@ -660,8 +715,9 @@ def test_two_processes_average_to_the_single_process_loss(tmp_path):
     torch.multiprocessing.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     logits, target, images = shares()
-    for key, (name, options) in GLOBAL_MEANS.items():
-        value, gradient = grad(make(name, **options), logits, target)
+    whole = {key: make(name, **options) for key, (name, options) in GLOBAL_MEANS.items()}
+    for key, loss in (whole | {"taught": taught(teacher(logits))}).items():
+        value, gradient = grad(loss, logits, target)
         torch.testing.assert_close((ranks[0][key][0] + ranks[1][key][0]) / 2, value)
         # DDP divides the sum of the gradients by 2; each rank saw its own images only.
         torch.testing.assert_close(torch.cat([ranks[0][key][1], ranks[1][key][1]]) / 2, gradient)

@@ -1,7 +1,9 @@
 """The repository itself: imports that run one way, lint, and README commands that work."""
 
+import argparse
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -176,3 +178,59 @@ def test_an_error_is_one_line_with_status_2(workplace):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: no checkpoint at nothing.pt")
     assert "Traceback" not in done.stderr
+
+
+# ---- every script ----
+
+SCRIPTS = {  # runs of two steps that together show what a script reads
+    "train": ["--head fpn", "--resume", "--model unet --width 4", "--time-steps 1", "--tensorboard"],
+    "evaluate": ["", "--tta --slide 56 56 --slide-stride 28 28", "--images photo.jpg", "--crf 1"],
+    "quantize": ["", "--method qat", "--resume", "--max-drop 99 --adaround 1", "--method weight-only"],
+    "export_onnx": ["--size 56 70"],
+    "benchmark": [
+        "--weights checkpoints/train/best.pt",
+        "--model unet --size 32 32",
+        "--figures-from b/benchmark.json",
+    ],
+}
+CONTRACT = {
+    *("command", "model", "dataset", "split", "pretrained", "compression", "params", "trainable_params", "file_mb"),
+    *("miou", "macc", "aacc", "class_iou", "seconds", "peak_memory_mb"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, workplace, monkeypatch):
+    module, read = importlib.import_module(script), set()
+
+    class Namespace(argparse.Namespace):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    parsers, parse_args = [], argparse.ArgumentParser.parse_args
+
+    def spy(parser, args=None, namespace=None):
+        parsers.append(parser)
+        return parse_args(parser, args, namespace)
+
+    monkeypatch.chdir(workplace)
+    out = {"benchmark": "b", "export_onnx": "e.onnx"}.get(script, "flags")
+    for flags in SCRIPTS[script]:
+        with monkeypatch.context() as patch:
+            patch.setattr(argparse, "Namespace", Namespace)
+            patch.setattr(argparse.ArgumentParser, "parse_args", spy)
+            done = module.main([*shlex.split(flags), "--dry-run", "--out", out])
+        if script != "benchmark" and "--time-steps" not in flags:
+            assert done.keys() >= CONTRACT
+            assert done["command"] == shlex.join(
+                ["python", f"{script}.py", *shlex.split(flags), "--dry-run", "--out", out]
+            )
+            written = json.loads(
+                (workplace / (f"{out}.json" if script == "export_onnx" else f"{out}/results.json")).read_text()
+            )
+            assert written.keys() == done.keys()
+            if script == "quantize":
+                assert done["before"].keys() >= CONTRACT
+    shown = {a.dest for parser in parsers for a in parser._actions} - {"help"}
+    assert shown - read == set()

@@ -1,5 +1,6 @@
 """Training: schedules, optimizer and average against torch, resume to the bit, two processes like one, the CLI."""
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -295,6 +296,53 @@ def test_a_loss_that_is_not_finite_stops_with_the_files_and_spares_best(tmp_path
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("eval_every", [1, 9])  # whether it would be scored, or saved only
+def test_a_network_that_its_last_step_destroyed_is_neither_scored_nor_saved(tmp_path, ema, eval_every):
+    make_fit(tmp_path, epochs=1)
+    before = {name: (tmp_path / name).read_bytes() for name in ("best.pt", "last.pt")}
+    objective = Objective(models.build_model(num_classes=19, backbone="dinov2-tiny", head="fpn"), loss_of())
+    weight = objective.model.head.classifiers[0][1].weight
+
+    def destroy(step):
+        if step == 1:  # the last of the epoch
+            weight.data[0, 0] = math.nan
+
+    with pytest.raises(TrainingError, match=r"after step 2 .*classifiers.0.1.weight is not finite.*left alone"):
+        make_fit(tmp_path, objective=objective, after_step=destroy, ema_decay=ema, eval_every=eval_every)
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def test_an_average_that_is_not_finite_is_not_saved_either(tmp_path):
+    with pytest.raises(TrainingError, match="is not finite"):
+        make_fit(tmp_path, ema_decay=math.nan)
+    assert not (tmp_path / "best.pt").exists()
+
+
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path, monkeypatch):
+    scores = iter([5.0, math.nan, 7.0])
+    monkeypatch.setattr(train.evaluate, "evaluate", lambda *a, **k: dict(miou=next(scores), macc=1.0, aacc=1.0))
+    _, done = make_fit(tmp_path)
+    assert done["best"]["miou"] == 7.0
+    assert read(tmp_path / "best.pt")["metrics"]["step"] == 6
+
+
+def test_the_objective_learns_from_a_teacher_where_there_is_one():
+    student, teacher = tiny(), tiny().eval().requires_grad_(False)
+    images, target = torch.randn(2, 3, 28, 28), torch.randint(0, 3, (2, 28, 28))
+    target[0] = 255
+    options = dict(teacher=teacher, kl=0.7, temperature=2.0)
+    alone, taught = Objective(student, loss_of()), Objective(student, loss_of(), **options)
+    with torch.no_grad():
+        taught.model.head.classifiers[0][1].bias += torch.tensor([1.0, -1.0, 0.0])
+        expected = losses.distillation(student(images), target, teacher=teacher(images), temperature=2.0)
+        assert expected > 0.01
+        torch.testing.assert_close(taught(images, target) - alone(images, target), 0.7 * expected)
+    taught(images, target).backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert taught.state_dict().keys() == alone.state_dict().keys()
+
+
 def test_frozen_norms_keep_their_statistics_for_the_last_epochs(tmp_path):
     statistics = {}
     for frozen in (0, 1, 2):
@@ -355,6 +403,60 @@ def test_resume_takes_its_flags_from_the_run_and_refuses_another_run(tmp_path):
         train.main(["--resume", "--out", str(tmp_path / "none")])
     os.replace(tmp_path / "best.pt", tmp_path / "last.pt")
     with pytest.raises(models.ModelError, match="no training state"):
+        train.main(["--resume", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_resumed_run_learns_at_the_rates_it_is_given(tmp_path, monkeypatch, optimizer):
+    run(tmp_path, "--epochs", "1", "--optimizer", optimizer, "--lr", "0.002")
+    seen, make = [], train.make_optimizer
+    monkeypatch.setattr(train, "make_optimizer", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1])
+    new = {"--lr": 0.004, "--backbone-lr": 0.001, "--weight-decay": 0.3, "--momentum": 0.5, "--epochs": 2}
+    train.main(["--resume", "--out", str(tmp_path), *(str(x) for pair in new.items() for x in pair)])
+    groups = seen[0].param_groups
+    assert {g["base_lr"] for g in groups} == {0.004, 0.001}
+    assert {g["weight_decay"] for g in groups} == {0.3, 0.0}
+    assert optimizer == "adamw" or {g["momentum"] for g in groups} == {0.5}
+    assert seen[0].state  # and the state is that of the run
+    args = read(tmp_path / "last.pt")["args"]
+    assert (args["lr"], args["backbone_lr"], args["weight_decay"]) == (0.004, 0.001, 0.3)
+
+
+def another(action, value):
+    """Words of a command line that give a flag another value than `value`."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [action.option_strings[1] if value else action.option_strings[0]]
+    if action.nargs == 0:
+        return [action.option_strings[0]]
+    if action.choices:
+        return [action.option_strings[0], str(next(c for c in reversed(list(action.choices)) if c != value))]
+    number = {"cat_max_ratio": "0.3", "train_share": "0.3", "flip": "0.3"}.get(action.dest, "3")
+    return [action.option_strings[0], *([number] * (action.nargs if isinstance(action.nargs, int) else 1))]
+
+
+def test_on_resume_every_flag_takes_effect_or_is_refused(tmp_path):
+    """Taking effect: what is given is in the flags that the run reads (tests/test_project.py sees that they are)."""
+    run(tmp_path, "--epochs", "1")
+    last = read(tmp_path / "last.pt")["args"]
+    shared = dict(script="train.py", name="train", fixed=train.NETWORK_FLAGS)
+    for action in train.get_parser()._actions:
+        if action.dest in ("help", "out", "resume"):
+            continue
+        argv = ["--resume", "--out", str(tmp_path), *another(action, last.get(action.dest))]
+        if action.dest in (*train.FIXED_FLAGS, *train.NETWORK_FLAGS):
+            with pytest.raises(models.ModelError, match=f"--{action.dest.replace('_', '-')} cannot change now"):
+                train.parse(train.get_parser(), argv, **shared)
+        else:
+            args, _ = train.parse(train.get_parser(), argv, **shared)
+            assert train.plain(getattr(args, action.dest)) != last.get(action.dest), action.dest
+
+
+@pytest.mark.parametrize(("command", "words"), [("python quantize.py --method qat", "quantize.py, not of train.py")])
+def test_a_run_of_another_script_is_not_gone_on_with(tmp_path, command, words):
+    run(tmp_path, "--epochs", "1")
+    last = read(tmp_path / "last.pt") | {"command": command}
+    torch.save(last, tmp_path / "last.pt")
+    with pytest.raises(models.ModelError, match=words):
         train.main(["--resume", "--out", str(tmp_path)])
 
 
