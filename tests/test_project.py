@@ -20,6 +20,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md")))}
 CAMVID = Path(os.environ.get("CAMVID_ROOT", "CamVid")).resolve()
 
 # who may import whom; compression scripts stand here before they exist, so that the rule is there when they come
@@ -82,12 +83,12 @@ def test_requirements_have_lower_bounds_only():
             assert not line or line == "-r requirements.txt" or re.fullmatch(r"[a-z-]+>=[\d.]+", line), line
 
 
-# ---- README ----
+# ---- README and the pages it links to ----
 
 
 def commands():
-    """Every `python script.py ...` of README's code blocks, comments cut off."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)
+    """Every `python script.py ...` of the pages' code blocks, comments cut off."""
+    blocks = [b for page in PAGES.values() for b in re.findall(r"```(?:bash|sh)\n(.*?)```", page, re.DOTALL)]
     lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
     lines = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
     return list(dict.fromkeys(" ".join(line.split()) for line in lines if line.startswith("python ")))
@@ -96,14 +97,34 @@ def commands():
 def test_readme_has_the_commands_and_figures_it_speaks_of():
     assert "python train.py --head fpn" in commands()
     assert any("--dataset camvid" in c for c in commands())
-    for figure in re.findall(r"\((assets/[^)]+)\)", README):
-        assert 0 < (ROOT / figure).stat().st_size < 200_000, figure
+    linked = set()
+    for path, page in PAGES.items():
+        for link in re.findall(r"\]\(([^)#:]+)\)", page):  # not those to the web or to a section
+            target = (path.parent / link).resolve()
+            assert 0 < target.stat().st_size < 200_000, f"{path.name}: {link}"
+            linked.add(target)
+    assert linked >= {path.resolve() for path in (ROOT / "assets").iterdir()}
     for script in ROOT.glob("*.py"):
         assert f"`{script.name}`" in README
 
 
-def test_the_flags_in_readmes_comparison_build_networks():
-    rows = re.findall(r"^\| `(--[^`]*)` \| (\d+) \|", README, re.MULTILINE)
+def test_readme_has_no_long_lines_and_is_not_long():
+    lines = README.splitlines()
+    assert len(lines) < 300
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_the_sections_in_readmes_reading_order_are_in_the_files():
+    rows = dict(re.findall(r"^\| \d+ \| `(\w+\.py)` \| ([^|]+) \|", README, re.MULTILINE))
+    assert rows.keys() >= {path.name for path in ROOT.glob("*.py")}
+    for name, sections in rows.items():
+        if (ROOT / name).exists():
+            banners = re.findall(r"^# ---- (.+?) -{4,}$", (ROOT / name).read_text(), re.MULTILINE)
+            assert set(sections.split("; ")) <= set(banners), name
+
+
+def test_the_flags_in_the_comparison_build_networks():
+    rows = re.findall(r"^\| `(--[^`]*)` \| (\d+) \|", PAGES[ROOT / "assets" / "networks.md"], re.MULTILINE)
     assert len(rows) >= 8
     for flags, _ in rows:
         args = train.get_parser().parse_args(shlex.split(flags))
@@ -165,6 +186,15 @@ def test_readme_command(command, workplace, monkeypatch):
     threads = torch.get_num_threads()
     importlib.import_module(Path(script).stem).main(flags)  # here: a process of its own imports for seconds
     torch.set_num_threads(threads)
+
+
+def test_readmes_python_labels_a_photo(workplace, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    monkeypatch.chdir(workplace)
+    exec(code, names)
+    assert names["ids"].shape == names["image"].shape[-2:]
+    assert names["ids"].max() < len(names["info"].classes)
 
 
 def test_a_script_ends_with_status_0(workplace):
