@@ -837,7 +837,7 @@ class EnetBottleneck(nn.Module):
 
     def __init__(self, kind, c_in, c_out, number, dropout):
         super().__init__()
-        self.kind, self.more, c = kind, c_out - c_in, c_out // 4
+        self.kind, c = kind, c_out // 4
         if kind == "asymmetric":
             inner = [
                 nn.Conv2d(c, c, (number, 1), padding=(number // 2, 0), bias=False),
@@ -859,12 +859,12 @@ class EnetBottleneck(nn.Module):
         self.act = nn.PReLU(c_out)
 
     def forward(self, x, pooled=None):
-        main = x
+        main, branch = x, self.branch(x)
         if self.kind == "down":
-            main = F.pad(F.max_pool2d(x, 2), (0, 0, 0, 0, 0, self.more))
+            main = F.pad(F.max_pool2d(x, 2), (0, 0, 0, 0, 0, branch.shape[1] - x.shape[1]))
         elif self.kind == "up":
             main = max_unpool(self.main(x), pooled)
-        return self.act(main + self.branch(x))
+        return self.act(main + branch)
 
 
 def _enet_stage(rows, c_in, dropout):
@@ -1332,7 +1332,7 @@ class Trace(TorchFunctionMode):
 
     def __init__(self, model):
         super().__init__()
-        self.calls, self.outputs, self.owners = [], [], {}
+        self.calls, self.outputs, self.owners, self.names = [], [], {}, dict(model.named_modules())
         self.runs, self.by_module = dict.fromkeys(model.modules(), 0), {module: [] for module in model.modules()}
         self._values, self._stack = {}, [model]  # {id of a tensor: its present Value}, which keeps the tensor
         for module in model.modules():
@@ -1595,6 +1595,10 @@ def _compression(step, path):
         import quantize
 
         return quantize
+    if step["step"] == "prune":
+        import prune
+
+        return prune
     raise ModelError(f"{path} went through {step['step']!r}, which these scripts do not know: update them")
 
 

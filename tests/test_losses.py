@@ -766,9 +766,8 @@ def describe(monkeypatch, tmp_path):
 
     def describe(flags):
         small = "--backbone dinov2-tiny --size 28 42 --crop 28 28 --amp off --warmup 0 --epochs 2 --time-steps 1"
-        objective, train_set, _, optimizer, schedule, *_ = train.main(
-            [*small.split(), *flags.split(), "--out", str(tmp_path)]
-        )
+        args, objective, train_set, _ = train.main([*small.split(), *flags.split(), "--out", str(tmp_path)])
+        optimizer, schedule = train.optimizer_and_schedule(args, objective, train.total_steps(args, train_set))
         model = objective.model
         return {
             "optimizer": type(optimizer),

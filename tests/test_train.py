@@ -430,7 +430,7 @@ def another(action, value):
         return [action.option_strings[0]]
     if action.choices:
         return [action.option_strings[0], str(next(c for c in reversed(list(action.choices)) if c != value))]
-    number = {"cat_max_ratio": "0.3", "train_share": "0.3", "flip": "0.3"}.get(action.dest, "3")
+    number = {"cat_max_ratio": "0.3", "train_share": "0.3", "flip": "0.3"}.get(action.dest, "7")
     return [action.option_strings[0], *([number] * (action.nargs if isinstance(action.nargs, int) else 1))]
 
 

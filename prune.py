@@ -1,0 +1,1009 @@
+"""Prune a trained network: single weights by global magnitude, or whole channels, heads and hidden units.
+
+    python prune.py --amount 0.3                                  # 30% of the weights of checkpoints/train/best.pt
+    python prune.py --amount 0.9 --schedule cubic --kl 1          # step by step while it is trained, and taught
+    python prune.py --structured --amount 0.5                     # half of the multiply-accumulates, really gone
+    python prune.py --structured --amount 0.5 --target latency    # half of the milliseconds, by timed layers
+    python prune.py --sweep 0.1 0.3 0.5 0.7 0.9                   # the curve, before and after fine-tuning
+
+Single weights. The weights of smallest magnitude in all layers of --scope together become 0 (Han et al. 2015; --score
+lamp ranks by w^2 over the sum of the squares not smaller in its layer, Lee et al. 2021). With --schedule cubic the
+share grows as s (1 - (1 - t)^3) over the first half of the training (Zhu and Gupta 2017). A dense kernel multiplies by
+0 as slowly as by anything else, so the network is no faster; its file is smaller, see models.pack_zeros().
+
+Channels. Which numbers stand and fall together is found by sending index numbers through the network: each channel that
+a layer makes gets one, a view, permute, cat, slice or pad moves them as it moves the data, and those that meet in a sum
+or product are joined (channel_groups()). What is left over is a class of slices of parameters that can go at once. A
+channel is worth what least squares cannot make up for: with H the covariance of a layer's inputs, removing input p
+costs |W_p|^2 / [H^-1]_pp, and the best weights of the others are W - W_p [H^-1]_p / [H^-1]_pp (Hassibi and Stork 1993; of
+channels, OSSCAR: Meng et al. 2024). Greedily, what costs least for what it saves goes next. Then, front to back on
+the network as it is by then, each layer that read what is gone is refitted to calibration images in closed form, and
+BatchNorm gets new statistics: no gradient is needed. The result is a smaller network of plain layers.
+"""
+
+import argparse
+import copy
+import csv
+import functools
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import datasets
+import evaluate
+import models
+import train
+from models import ModelError
+
+# ---- single weights -------------------------------------------------------------------------------------------------
+
+SCORES = ("magnitude", "layer", "lamp")
+PRUNABLE = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)
+
+
+def weights_in(model, scope):
+    """({name: weight} that `scope` (backbone, head, all) lets be pruned, {name: why not} of the other parameters)."""
+    inside, outside = {}, {}
+    kinds = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, PRUNABLE)}
+    for name, p in model.named_parameters():
+        if name not in kinds:
+            outside[name] = "no weight of a convolution or Linear"
+        elif name.startswith(("aux_head.", "learned.")):
+            outside[name] = "only training uses it" if name.startswith("aux") else "it resizes the logits"
+        elif scope != "all" and not name.startswith(f"{scope}."):
+            outside[name] = f"not in --scope {scope}"
+        else:
+            inside[name] = p
+    if not inside:
+        raise ModelError(f"--scope {scope}: no weight of a convolution or Linear is there")
+    return inside, outside
+
+
+def lamp(weight):
+    """LAMP scores (Lee et al. 2021, section 3): w^2 over the sum of all squares in the layer that are not smaller."""
+    order = weight.detach().double().square().flatten().sort()
+    scores = torch.empty_like(order.values)
+    scores[order.indices] = order.values / order.values.flip(0).cumsum(0).flip(0).clamp(min=1e-300)
+    return scores.view_as(weight)
+
+
+@torch.no_grad()
+def magnitude_masks(weights, amount, score="magnitude"):
+    """{name: bool mask, True where a weight stays}; round(amount * all) are False, the least by `score`.
+
+    magnitude: |w| over all weights together. layer: the same share of each. lamp: see lamp(). Of equal scores topk
+    decides, as in torch.nn.utils.prune.
+    """
+    if score == "layer":
+        return {k: _least(w.abs().flatten(), round(amount * w.numel())).view_as(w) for k, w in weights.items()}
+    scores = torch.cat([(w.abs() if score == "magnitude" else lamp(w)).flatten() for w in weights.values()])
+    kept = _least(scores, round(amount * len(scores))).split([w.numel() for w in weights.values()])
+    return {k: mask.view_as(w) for (k, w), mask in zip(weights.items(), kept, strict=True)}
+
+
+def _least(scores, count):
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    kept[scores.topk(count, largest=False).indices] = False
+    return kept
+
+
+@torch.no_grad()
+def two_of_four(weights):
+    """(masks that keep the two largest of each four consecutive input channels, {name: why it has none})."""
+    masks, left = {}, {}
+    for name, w in weights.items():
+        if w.shape[1] % 4:
+            left[name] = f"its {w.shape[1]} input channels are no multiple of 4"
+            continue
+        fours = w.abs().transpose(0, 1).reshape(-1, 4, w[:, 0].numel())  # (inputs / 4, 4, the rest)
+        mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, fours.topk(2, dim=1).indices, True)
+        masks[name] = mask.view(w.shape[1], w.shape[0], *w.shape[2:]).transpose(0, 1)
+    return masks, left
+
+
+@torch.no_grad()
+def apply_masks(tensors, masks):
+    """Set what the masks say to 0 in {name: tensor}, in place."""
+    for name, mask in masks.items():
+        if name in tensors:
+            tensors[name].mul_(mask)
+
+
+def gradual(model, weights, *, amount, score, first, steps, interval):
+    """after_step of train.fit() for the cubic schedule: every `interval` steps until half of them are done new masks,
+    of the weights as the step left them, so that what was 0 may grow again; then the last ones stay.
+
+    Between two choices what is 0 stays 0, in the average of the weights too. A resumed run finds the mask in the zeros.
+    """
+    end = max(1, steps // 2 // interval) * interval
+    masks = {name: w.detach() != 0 for name, w in weights.items()} if first else {}
+
+    def after_step(step, shadow):
+        done = min(step + 1, end)
+        if step + 1 <= end and done % interval == 0:
+            share = amount * (1 - (1 - done / end) ** 3)
+            masks.update(magnitude_masks(weights, share, score))
+        apply_masks(weights, masks)
+        apply_masks(shadow, masks)
+
+    return after_step, end
+
+
+def sparsity(state, names):
+    """({name: share of zeros}, share of all) of the tensors of a state_dict by these names."""
+    zeros = {name: (state[name] == 0).sum().item() for name in names}
+    total = sum(state[name].numel() for name in names)
+    return {name: zeros[name] / state[name].numel() for name in names}, sum(zeros.values()) / max(1, total)
+
+
+# ---- channel groups -------------------------------------------------------------------------------------------------
+
+FIXED, FREE = -1, -2  # index numbers of what cannot go (images, constants), and of zeros that fill up to any width
+
+LAYOUT = {
+    "view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "chunk",
+    "split", "unbind", "narrow", "__getitem__", "cat", "concat", "stack", "roll", "flip", "movedim", "expand", "repeat",
+    "pixel_shuffle", "clone", "detach", "to", "float", "type", "type_as", "view_as", "reshape_as", "__get__", "half",
+    "bfloat16", "double", "swapaxes", "index_select", "tensor_split", "hsplit", "broadcast_to",
+}  # fmt: skip
+ELEMENTWISE = {
+    "add", "sub", "mul", "div", "pow", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "square", "clamp", "minimum",
+    "maximum", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh", "elu",
+    "mish", "leaky_relu", "softplus", "dropout", "dropout1d", "dropout2d", "where", "masked_fill", "eq", "ne", "lt", "le", "gt",
+    "ge", "and", "or", "xor", "invert", "logical_and", "logical_or", "logical_not", "true_divide", "truediv", "bool",
+    "isfinite", "nan_to_num", "lerp", "erf", "round", "floor", "floor_divide", "addcmul", "rsub", "bitwise_not",
+    "bitwise_and", "bitwise_or", "reciprocal", "alpha_dropout", "feature_alpha_dropout", "clamp_min", "clamp_max",
+}  # fmt: skip
+SPATIAL = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample"}
+REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min"}
+LIKE = {"ones_like", "zeros_like", "full_like", "empty_like", "rand_like", "randn_like"}
+
+
+class Channels:
+    """The index numbers of one traced network: which stand for the same channel, which slices of parameters they are.
+
+    members: {(name of a parameter or buffer, dimension): a number for each of its indices}. reason: {number: why its
+    class cannot go}.
+    """
+
+    def __init__(self, traced):
+        self.traced, self.parent, self.members, self.reason, self.ids = traced, [], {}, {}, {}
+        modules = {module: name for name, module in traced.names.items()}
+        self.names = {  # of parameters and buffers, by id; not of those that modules share
+            tensor: ".".join(filter(None, (modules[owners[0][0]], owners[0][1])))
+            for tensor, owners in traced.owners.items() if len(owners) == 1
+        }  # fmt: skip
+        for call in traced.calls:
+            self.follow(call)
+        for value in traced.outputs:
+            self.pin(self.ids.get(value), "its numbers are the logits")
+
+    # -- classes of numbers
+
+    def new(self, count):
+        self.parent += range(len(self.parent), len(self.parent) + count)
+        return torch.arange(len(self.parent) - count, len(self.parent))
+
+    def find(self, number):
+        while self.parent[number] != number:
+            self.parent[number] = self.parent[self.parent[number]]
+            number = self.parent[number]
+        return number
+
+    def join(self, a, b):
+        """Number by number, those of two tensors that broadcast -> the numbers of the result."""
+        if a is None or b is None:
+            return b if a is None else a
+        a, b = torch.broadcast_tensors(a, b)
+        for d in range(a.dim()):
+            if a.stride(d) == b.stride(d) == 0:  # the same all along
+                a, b = a.narrow(d, 0, 1), b.narrow(d, 0, 1)
+        both = (a >= 0) & (b >= 0) & (a != b)
+        if both.any():
+            for x, y in torch.stack([a[both], b[both]], 1).unique(dim=0).tolist():
+                self.unite(x, y)
+        self.pin(a[(a >= 0) & (b == FIXED)], "it is added to what cannot go")
+        self.pin(b[(b >= 0) & (a == FIXED)], "it is added to what cannot go")
+        return torch.maximum(a, b)
+
+    def unite(self, x, y):
+        x, y = self.find(x), self.find(y)
+        if x != y:
+            self.parent[max(x, y)] = min(x, y)
+            if max(x, y) in self.reason:
+                self.reason.setdefault(min(x, y), self.reason[max(x, y)])
+
+    def pin(self, numbers, why):
+        """The classes of these numbers cannot go."""
+        if numbers is not None:
+            for number in numbers.unique().tolist():
+                if number >= 0:
+                    self.reason.setdefault(self.find(number), why)
+
+    def vector(self, ids, dim):
+        """One number for each index along a dimension; those that stand at the same index are joined."""
+        for d in set(range(ids.dim())) - {dim % ids.dim()}:
+            ids = ids.narrow(d, 0, 1) if ids.stride(d) == 0 else ids
+        rows = ids.movedim(dim, 0).flatten(1)  # (C, the rest)
+        first = rows.amax(1)
+        if (rows != first[:, None]).any():
+            self.join(rows, first[:, None].expand_as(rows))
+        return first
+
+    def varies(self, ids, dim):
+        return ids.stride(dim) != 0 and bool((ids != ids.narrow(dim, 0, 1)).any())
+
+    # -- calls
+
+    def parameter(self, value):
+        """The name of the parameter or buffer that a Value is, or None."""
+        return self.names.get(id(value.tensor)) if value.maker is None else None
+
+    def note(self, name, dim, numbers):
+        """Slices of a parameter along a dimension have these numbers; a layer that is called again has its old ones."""
+        before = self.members.setdefault((name, dim), numbers)
+        return self.join(before, numbers)
+
+    def full(self, value):
+        ids = self.ids.get(value)
+        return torch.full(value.tensor.shape, FIXED) if ids is None else ids
+
+    def follow(self, call):
+        """Set the numbers of what a call makes."""
+        name = call.name.strip("_")
+        name = name.removeprefix("i") if call.name.startswith("__i") and name[1:] in ELEMENTWISE else name
+        tracked = [v for v in call.reads if v in self.ids]
+        handler = getattr(self, f"on_{name}", None)
+        if handler is not None:
+            out = handler(call)
+        elif not tracked:
+            out = None
+        elif name in LIKE:
+            out = torch.full(call.makes[0].tensor.shape, FREE)
+        elif name in ELEMENTWISE or call.name.strip("_").removeprefix("r") in ELEMENTWISE:
+            out = self.elementwise(call)
+        elif name in SPATIAL:
+            out = self.vector(self.full(call.reads[0]), 1).view(1, -1, 1, 1)
+        elif call.name in LAYOUT or name in LAYOUT:
+            out = self.layout(call)
+        elif name in REDUCTIONS:
+            out = self.reduction(call)
+        else:
+            out = self.stop(call, f"{call.name}() mixes it with others")
+        outs = [out] * len(call.makes) if torch.is_tensor(out) else out or []
+        for value, ids in zip(call.makes, outs, strict=False):
+            if ids is not None and (ids != FIXED).any():
+                self.ids[value] = ids.expand(value.tensor.shape)
+
+    def stop(self, call, why):
+        for value in call.reads:
+            self.pin(self.ids.get(value), why)
+
+    def elementwise(self, call):
+        out = None
+        for value in call.reads:
+            out = self.join(out, self.ids.get(value))
+        shape = torch.broadcast_shapes(*(value.tensor.shape for value in call.reads))
+        out = out.expand(shape)
+        for value in call.reads:
+            if value in self.ids:
+                continue
+            lead = len(shape) - value.tensor.dim()
+            for dim, length in enumerate(value.tensor.shape):
+                if length > 1 and self.varies(out, dim + lead):
+                    if name := self.parameter(value):
+                        self.note(name, dim, self.vector(out, dim + lead))
+                    else:
+                        self.pin(out, "it meets a tensor of fixed width")
+        return out
+
+    def layout(self, call):
+        replaced = {id(v.tensor): self.full(v) for v in call.reads}
+
+        def ids(x):
+            if torch.is_tensor(x):
+                return replaced[id(x)]
+            return type(x)(map(ids, x)) if type(x) in (list, tuple) else x
+
+        if call.name in ("to", "float", "type", "type_as", "half", "bfloat16", "double", "contiguous"):
+            return self.full(call.reads[0])
+        index = call.name in ("__getitem__", "index_select")  # tensors that index stay what they are
+        args = (ids(call.args[0]), *(call.args[1:] if index else map(ids, call.args[1:])))
+        kwargs = call.kwargs if index else {k: ids(v) for k, v in call.kwargs.items()}
+        try:
+            out = call.function(*args, **kwargs)
+        except (RuntimeError, TypeError, IndexError):
+            return self.stop(call, f"{call.name}() moves it in ways not followed")
+        return out if torch.is_tensor(out) else list(out)
+
+    def reduction(self, call):
+        x = self.full(call.reads[0])
+        dims = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
+        keep = call.kwargs.get("keepdim", call.args[2] if len(call.args) > 2 else False)
+        if dims is None or torch.is_tensor(dims):
+            return self.stop(call, f"{call.name}() mixes it with others")
+        dims = (dims,) if isinstance(dims, int) else tuple(dims)
+        if any(self.varies(x, d) for d in dims):
+            return self.stop(call, f"{call.name}() mixes it with others")
+        for d in sorted((d % x.dim() for d in dims), reverse=True):
+            x = x.narrow(d, 0, 1) if keep else x.select(d, 0)
+        return x
+
+    def on_pad(self, call):
+        padding = call.args[1] if len(call.args) > 1 else call.kwargs["pad"]
+        mode = call.kwargs.get("mode", call.args[2] if len(call.args) > 2 else "constant")
+        value = call.kwargs.get("value", call.args[3] if len(call.args) > 3 else 0)
+        x = self.full(call.reads[0])
+        if mode == "constant":
+            return F.pad(x, padding, value=FIXED if value else FREE)
+        return F.pad(x.double(), padding, mode=mode).long()
+
+    def weight(self, call):
+        """(name of the weight, of the bias or None) of a convolution or Linear; None where they are no parameters."""
+        tensors = [*call.args[1:3], call.kwargs.get("weight"), call.kwargs.get("bias")]
+        tensors = [t for t in tensors if torch.is_tensor(t)]
+        names = [self.names.get(id(t)) for t in tensors]
+        return (names[0], names[1] if len(names) > 1 else None) if names and all(names) else None
+
+    def on_linear(self, call):
+        return self.layer(call, -1, groups=1, out=0)
+
+    def on_conv2d(self, call):
+        return self.layer(call, 1, groups=call.kwargs.get("groups", call.args[6] if len(call.args) > 6 else 1), out=0)
+
+    def on_conv_transpose2d(self, call):
+        return self.layer(call, 1, groups=call.kwargs.get("groups", call.args[6] if len(call.args) > 6 else 1), out=1)
+
+    def layer(self, call, dim, *, groups, out):
+        """A convolution or Linear whose channels lie along `dim`, and whose outputs along dimension `out` of its
+        weight."""
+        names, x = self.weight(call), self.vector(self.full(call.reads[0]), dim)
+        if names is None:
+            return self.stop(call, "its weight is computed")
+        weight, bias = names
+        outputs = call.makes[0].tensor.shape[dim]
+        if groups == 1:
+            self.note(weight, 1 - out, x)
+            numbers = self.new(outputs)
+        elif groups == len(x) and out == 0:  # depthwise: each channel has filters of its own
+            numbers = x.repeat_interleave(outputs // groups)
+        elif out == 0:  # as many stay in each group: the i-th of all groups go together
+            rows = x.view(groups, -1)
+            self.note(weight, 1, self.join(rows, rows[:1].expand_as(rows))[0])
+            numbers = self.new(outputs)
+            self.join(numbers.view(groups, -1), numbers.view(groups, -1)[:1].expand(groups, -1))
+        else:
+            return self.stop(call, "a transposed convolution in groups reads it")
+        if (weight, out) in self.members:
+            numbers = self.join(self.members[weight, out], numbers)
+        self.note(weight, out, numbers)
+        if bias:
+            self.note(bias, 0, numbers)
+        shape = [1] * call.makes[0].tensor.dim()
+        shape[dim] = -1
+        return numbers.view(shape)
+
+    def on_batch_norm(self, call):
+        x = self.full(call.reads[0])
+        numbers = self.vector(x, 1)
+        for value in call.reads[1:]:
+            if name := self.parameter(value):
+                self.note(name, 0, numbers)
+        return x
+
+    def on_prelu(self, call):
+        x = self.full(call.reads[0])
+        if call.reads[1].tensor.numel() > 1 and (name := self.parameter(call.reads[1])):
+            self.note(name, 0, self.vector(x, 1))
+        return x
+
+    def on_layer_norm(self, call):
+        x = self.full(call.reads[0])
+        for d in range(len(call.args[1])):
+            if self.varies(x, -1 - d):
+                self.pin(x, "a LayerNorm reads it")
+        return x
+
+    def on_group_norm(self, call):
+        return self.stop(call, "a GroupNorm reads it")
+
+    def on_softmax(self, call):
+        x, dim = self.full(call.reads[0]), call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
+        if dim is None or self.varies(x, dim):
+            self.pin(x, "a softmax runs over it")
+        return x
+
+    on_log_softmax = on_softmax
+
+    def on_matmul(self, call):
+        a, b = (self.full(v) for v in call.reads[:2])
+        return self.product(a, b)
+
+    on_bmm = on_mm = on_matmul
+
+    def on_scaled_dot_product_attention(self, call):
+        q, k, v = (self.full(value) for value in call.reads[:3])
+        return self.product(self.product(q, k.mT), v)
+
+    def product(self, a, b):
+        """Numbers of a (..., i, k) @ b (..., k, j)."""
+        if a.dim() < 2 or b.dim() < 2:
+            self.pin(a, "a product mixes it")
+            self.pin(b, "a product mixes it")
+            return torch.full((1, 1), FIXED)
+        heads = any(self.varies(x, d) for x in (a, b) for d in range(x.dim() - 2))
+        summed = [self.varies(a, -1) and bool((a >= 0).any()), self.varies(b, -2) and bool((b >= 0).any())]
+        if all(summed):  # queries and keys: what is summed goes together, of several heads each as a whole
+            rows = self.join(self.same(a, -2).mT, self.same(b, -1))  # (..., k, 1)
+            if not heads:
+                self.pin(rows, "attention sums its products")
+                return torch.full((1, 1), FIXED)
+            head = rows.amax(-2, keepdim=True)  # (..., 1, 1)
+            return self.join(rows, head.expand_as(rows)).amax(-2, keepdim=True)
+        if any(summed):
+            self.pin(a if summed[0] else b, "a product mixes it")
+            return torch.full((1, 1), FIXED)
+        a, b = a[..., :1], b[..., :1, :]  # (..., i, 1), (..., 1, j)
+        if (a >= 0).any() and (b >= 0).any():
+            if self.varies(a, -2):  # two axes of channels meet
+                self.pin(a, "a product mixes it")
+                return b
+            return self.join(a, b)
+        return a if (a >= 0).any() else b
+
+    def same(self, ids, dim):
+        """ids with a dimension along which the numbers are joined."""
+        first = ids.narrow(dim, 0, 1)
+        return self.join(ids, first.expand_as(ids)).narrow(dim, 0, 1)
+
+
+class Group(NamedTuple):
+    """Channels of one kind: units, {(parameter, dimension): [indices]} each, of which any may go; `kind` says how they
+    look, for ranking like among like; `size` is the number of slices of the first parameter that a unit takes."""
+
+    name: str
+    units: list
+    kind: str
+    size: int
+
+
+def channel_groups(model):
+    """([Group, ...] of a network, {name of a layer: why none of its outputs can go}).
+
+    The network, in eval mode, is traced on noise with all outputs that training uses. Taking one unit of each group out
+    is then tried: where forward() has a width written down, which no trace can see, it fails.
+    """
+    channels, units, groups, left = Channels(models.trace(model, run=outputs_of(model))), {}, {}, {}
+    for (name, dim), numbers in channels.members.items():
+        for index, number in enumerate(numbers.tolist()):
+            if number >= 0:
+                units.setdefault(channels.find(number), {}).setdefault((name, dim), []).append(index)
+    for root, unit in units.items():
+        makers = [name.removesuffix(".weight") for name, dim in unit if is_output(model, name, dim)]
+        why = channels.reason.get(root)
+        if not why and not any(is_input(model, name, dim) for name, dim in unit):
+            why = "no layer that could be refitted reads it"
+        if why or not makers:
+            left |= dict.fromkeys(makers, why)
+        else:
+            groups.setdefault(tuple(sorted(unit)), []).append((makers, unit))
+    shapes = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
+    found, makers_of = [], []
+    for key, members in groups.items():
+        makers = members[0][0]
+        roles = sorted((shapes[name], dim, makers[0].partition(".")[0]) for name, dim in key)
+        size = len(members[0][1][f"{makers[0]}.weight", output_dim(model, f"{makers[0]}.weight")])
+        found.append(Group(makers[0], [unit for _, unit in members], repr(roles), size))
+        makers_of.append(makers)
+    kept = []
+    every = trial(model, found, [{0}] * len(found))
+    for number, (group, makers) in enumerate(zip(found, makers_of, strict=True)):
+        gone = [{0} if i == number else set() for i in range(len(found))]
+        why = every and trial(model, found, gone)
+        if why:
+            left |= dict.fromkeys(makers, f"its network has the width written down: {why}")
+        else:
+            kept.append((group, makers))
+    for _, makers in kept:
+        for name in makers:
+            left.pop(name, None)
+    return [group for group, _ in kept], left
+
+
+def outputs_of(model):
+    """A function of images that gives all outputs of a network that training uses."""
+    return lambda images: model.predictions(model.encode(images))
+
+
+def tensors_of(model):
+    """{name: parameter or buffer} of a network."""
+    return dict((*model.named_parameters(), *model.named_buffers()))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def trial(model, groups, gone):
+    """None where a network without some units gives what it gives with the weights on them at 0, else what is wrong."""
+    zeroed, smaller = copy.deepcopy(model), copy.deepcopy(model)
+    keep = kept_indices(model, groups, gone)
+    zero_readers(zeroed, keep)
+    images = torch.randn(1, 3, 2 * model.stride, 2 * model.stride + 1, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(model.parameters()))
+    expected = outputs_of(model)(images) if not keep else outputs_of(zeroed)(images)
+    try:
+        shrink(smaller, keep)
+        found = outputs_of(smaller)(images)
+    except (RuntimeError, ValueError, IndexError) as error:
+        return models.one_line(error, 100)
+    for x, y in zip(expected, found, strict=True):
+        if not (x - y).abs().max() <= 1e-4 * x.abs().max().clamp(min=1e-6):
+            return f"outputs differ by {(x - y).abs().max():.2g}"
+    return None
+
+
+def zero_readers(model, keep):
+    """Set to 0, in place, the weights of all layers on inputs that `keep` of kept_indices() does not name."""
+    tensors = tensors_of(model)
+    for (name, dim), indices in keep.items():
+        if is_input(model, name, dim):
+            mask = torch.zeros(tensors[name].shape[dim], device=tensors[name].device)
+            mask[indices] = 1
+            tensors[name].mul_(mask.view([-1 if d == dim else 1 for d in range(tensors[name].dim())]))
+
+
+def output_dim(model, name):
+    """The dimension of a weight that counts outputs."""
+    return int(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ConvTranspose2d))
+
+
+def is_output(model, name, dim):
+    """Whether a dimension of a tensor counts what a convolution or Linear puts out."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(layer, PRUNABLE) and name.endswith(".weight") and dim == output_dim(model, name)
+
+
+def is_input(model, name, dim):
+    """Whether a dimension of a tensor counts what a convolution or Linear reads, and not each with filters of its
+    own."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(layer, PRUNABLE) and name.endswith(".weight") and dim == 1 - output_dim(model, name)
+
+
+# ---- shrink ---------------------------------------------------------------------------------------------------------
+
+
+def kept_indices(model, groups, gone):
+    """{(parameter, dimension): indices that stay} once the units `gone`, a set of numbers for each group, have left."""
+    lost = {}
+    for group, numbers in zip(groups, gone, strict=True):
+        for number in numbers:
+            for place, indices in group.units[number].items():
+                lost.setdefault(place, set()).update(indices)
+    tensors = tensors_of(model)
+    return {
+        (name, dim): torch.tensor([i for i in range(tensors[name].shape[dim]) if i not in indices])
+        for (name, dim), indices in lost.items()
+    }
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def shrink(model, keep):
+    """Take out of a network, in place, all slices that `keep` of kept_indices() does not name -> {tensor: its shape}."""
+    plan = {}
+    for name, tensor in tensors_of(model).items():
+        for dim in range(tensor.dim()):
+            if (name, dim) in keep:
+                tensor = tensor.detach().index_select(dim, keep[name, dim].to(tensor.device))
+                plan[name] = list(tensor.shape)
+        if name in plan:
+            put(model, name, tensor.clone())
+    fit_attributes(model, plan)
+    return plan
+
+
+def put(model, name, tensor):
+    """Replace a parameter or buffer by a tensor of another shape."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = getattr(module, own)
+    if own in module._parameters:
+        module._parameters[own] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    else:
+        module._buffers[own] = tensor
+
+
+def fit_attributes(model, plan):
+    """Set the numbers of channels that modules keep, after their tensors have got the shapes of `plan`, and those of
+    the feature maps."""
+    for path in {name.rpartition(".")[0] for name in plan}:
+        layer = model.get_submodule(path)
+        if isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = layer.weight.shape
+        elif isinstance(layer, nn.ConvTranspose2d):
+            layer.in_channels, layer.out_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+        elif isinstance(layer, nn.Conv2d):
+            outputs = layer.weight.shape[0]
+            if layer.groups == layer.in_channels > 1:
+                layer.groups = layer.groups * outputs // layer.out_channels
+            layer.out_channels, layer.in_channels = outputs, layer.weight.shape[1] * layer.groups
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.num_features = layer.running_mean.shape[0]
+        elif isinstance(layer, nn.PReLU):
+            layer.num_parameters = layer.weight.shape[0]
+    for attention in model.modules():
+        if hasattr(attention, "head_dim") and hasattr(attention, "q_proj"):
+            attention.num_attention_heads = attention.q_proj.out_features // attention.head_dim
+
+
+def rebuild(model, step, state):
+    """Give a network of build_model() the shapes that a pruned one had; see models.load_checkpoint()."""
+    tensors = tensors_of(model)
+    for name, shape in step["plan"].items():
+        put(model, name, torch.empty(shape, dtype=tensors[name].dtype, device=tensors[name].device))
+    fit_attributes(model, step["plan"])
+    if step["plan"]:
+        model.channels = model.backbone.channels = list(step["channels"])
+
+
+def restore(model, step):
+    """Nothing is left to do."""
+
+
+def map_channels(model):
+    """How many channels each of a network's feature maps has."""
+    with torch.inference_mode():
+        noise = torch.zeros(1, 3, model.stride, model.stride)
+        return [f.shape[1] for f in model.encode(noise.to(next(model.parameters())))]
+
+
+# ---- what to take -------------------------------------------------------------------------------------------------
+
+IMPORTANCE = ("residual", "l1", "l2", "gamma", "taylor")
+TARGETS = ("params", "macs", "latency")
+
+
+class Costs:
+    """What a network costs with some units gone: parameters, multiply-accumulates of an image or milliseconds.
+
+    Weights are counted with the width that each dimension still has. places: {name of a layer's weight: how often it is
+    applied to an image}, see count_places().
+    """
+
+    def __init__(self, model, groups, places, attention, target, tables=None):
+        self.groups, self.places, self.target, self.tables = groups, places, target, tables
+        self.shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+        self.attention = attention  # [(the weight whose outputs are the values, multiply-accumulates)]
+        self.members = [  # for each group: {weight: {dimension: slices of one unit}}
+            {name: {d: len(i) for (n, d), i in group.units[0].items() if n == name}
+             for name, _ in group.units[0] if name in self.shapes}
+            for group in groups
+        ]  # fmt: skip
+
+    def of(self, shapes, name):
+        """The cost of one parameter at these widths."""
+        numel = math.prod(shapes[name])
+        if self.target == "params":
+            return numel
+        if self.target == "latency":
+            return self.tables[name](shapes[name]) if name in self.tables else 0.0
+        return numel * self.places.get(name, 0)
+
+    def total(self, shapes=None):
+        shapes = shapes or self.shapes
+        cost = sum(self.of(shapes, name) for name in shapes)
+        if self.target == "macs":
+            cost += sum(macs * shapes[name][0] / self.shapes[name][0] for name, macs in self.attention)
+        return cost
+
+    def without(self, shapes, group, count):
+        """(widths, what it saves) after `count` units of group number `group` are gone from `shapes`."""
+        after, saved = dict(shapes), 0.0
+        for name, dims in self.members[group].items():
+            after[name] = [n - count * dims.get(d, 0) for d, n in enumerate(shapes[name])]
+            saved += self.of(shapes, name) - self.of(after, name)
+        if self.target == "macs":
+            for name, macs in self.attention:
+                saved += macs * (shapes[name][0] - after[name][0]) / self.shapes[name][0]
+        return after, saved
+
+
+def count_places(model, images):
+    """({name of a weight: how often it is applied to an image}, [(weight that makes an attention's values,
+    multiply-accumulates of its two products)]) of a network on images (1, 3, H, W) of the size that counts."""
+    traced = models.trace(model, images, run=lambda x: model.decode(model.encode(x)))
+    names = {module: name for name, module in traced.names.items()}
+    places, attention = {}, []
+    for call in traced.calls:
+        layer = call.module
+        if call.name in ("conv2d", "linear", "conv_transpose2d") and isinstance(layer, PRUNABLE):
+            shape = (call.reads[0] if call.name == "conv_transpose2d" else call.makes[0]).tensor.shape
+            count = math.prod(shape) // shape[-1 if call.name == "linear" else 1] // len(images)
+            name = f"{names[layer]}.weight"
+            places[name] = places.get(name, 0) + count
+        elif call.name == "scaled_dot_product_attention":
+            q, k, v = (value.tensor.shape for value in call.reads[:3])
+            value = call.reads[2]
+            while value.maker is not None and value.maker.name != "linear":
+                value = value.maker.reads[0]
+            if value.maker is not None and isinstance(value.maker.module, nn.Linear):
+                heads = math.prod(q[:-2])
+                macs = heads * q[-2] * k[-2] * (q[-1] + v[-1]) // len(images)
+                attention.append((f"{names[value.maker.module]}.weight", macs))
+    return places, attention
+
+
+class Residual:
+    """What removing inputs of one layer costs, as a share of the variance of its outputs, after the best refit of its
+    other weights; see the top of this file.
+
+    weight: (outputs, inputs, taps). covariance: (inputs, inputs), of the inputs at single places. ridge: added to its
+    diagonal, as a share of the diagonal's mean.
+    """
+
+    def __init__(self, weight, covariance, ridge):
+        covariance = covariance.double()
+        self.weight = weight.double()
+        total = torch.einsum("oit,ij,ojt->", self.weight, covariance, self.weight).item()
+        self.scale = 1 / max(total, 1e-30)
+        covariance = covariance + ridge * covariance.diag().mean().clamp(min=1e-12) * torch.eye(len(covariance))
+        self.inverse = torch.linalg.inv(covariance)
+        self.gone = torch.zeros(len(covariance), dtype=torch.bool)
+
+    def errors(self):
+        """Of each single input, inf where it is gone."""
+        errors = self.scale * self.weight.square().sum((0, 2)) / self.inverse.diag().clamp(min=1e-30)
+        return errors.masked_fill(self.gone, math.inf)
+
+    def set_error(self, indices):
+        """Of inputs that go together."""
+        block = torch.linalg.inv(self.inverse[indices][:, indices])
+        w = self.weight[:, indices]
+        return self.scale * torch.einsum("oit,ij,ojt->", w, block, w).item()
+
+    def remove(self, indices):
+        """Take inputs out: the weights of the others make up for them."""
+        block = torch.linalg.inv(self.inverse[indices][:, indices])
+        rows = block @ self.inverse[indices]  # (P, inputs)
+        self.weight = self.weight - torch.einsum("opt,pi->oit", self.weight[:, indices], rows)
+        self.inverse = self.inverse - self.inverse[:, indices] @ rows
+        self.weight[:, indices] = 0
+        self.gone[indices] = True
+
+
+def losses_of(group, readers):
+    """The residual error that each unit of a group brings, summed over the layers that read it; inf where it is gone."""
+    total = torch.zeros(len(group.units), dtype=torch.double)
+    for (name, dim), first in group.units[0].items():
+        if name in readers and dim == readers[name].dim:
+            state = readers[name].state
+            indices = [unit[name, dim] for unit in group.units]
+            if len(first) == 1:
+                total += state.errors()[torch.tensor(indices).flatten()]
+            else:
+                total += torch.tensor(
+                    [
+                        math.inf if state.gone[torch.tensor(i)].any() else state.set_error(torch.tensor(i))
+                        for i in indices
+                    ]
+                )
+    return total
+
+
+class Reader(NamedTuple):
+    """A layer that reads channels that may go: the dimension of its weight that counts them, its Residual."""
+
+    dim: int
+    state: Residual
+
+
+def steps_of(count, round_to, floor):
+    """How many units of a group of `count` may stay: all, and the multiples of round_to below that reach the floor."""
+    return [count, *(n for n in range((count - 1) // round_to * round_to, 0, -round_to) if n >= floor)]
+
+
+def choose(groups, costs, amount, *, loss, remove, round_to, floor, per_cost):
+    """Units that leave, a set of numbers for each group, so that costs.total() falls by the share `amount`.
+
+    Step by step the group goes on whose next units, those of least loss down to the next multiple of round_to, lose
+    least (per_cost: for what they save). loss(group number): losses of its units, inf of those gone. remove(group
+    number, numbers): tells whoever computes losses. Raises ModelError where the floors end it before.
+    """
+    sizes = [1 if group.size > 1 else round_to for group in groups]
+    shapes, gone = dict(costs.shapes), [set() for _ in groups]
+    start = costs.total()
+    goal, saved = amount * start, 0.0
+    left = [steps_of(len(g.units), n, min(floor, len(g.units))) for g, n in zip(groups, sizes, strict=True)]
+    found = {}
+
+    def propose(i):
+        count = len(groups[i].units) - len(gone[i])
+        smaller = [n for n in left[i] if n < count]
+        if not smaller:
+            return None
+        each = loss(i)
+        numbers = each.topk(count - smaller[0], largest=False).indices.tolist()
+        after, saving = costs.without(shapes, i, len(numbers))
+        total = each[numbers].sum().item()
+        return (total / max(saving, 1e-30) if per_cost else total / len(numbers)), numbers, after, saving
+
+    while saved < goal:
+        for i in range(len(groups)):
+            if i not in found:
+                found[i] = propose(i)
+        open_ = {i: step for i, step in found.items() if step}
+        if not open_:
+            raise ModelError(
+                f"--amount {amount}: with every group at its floor {100 * saved / start:.1f}% of the {costs.target} are "
+                "gone; lower --min-channels or --round-to"
+            )
+        i = min(open_, key=lambda i: open_[i][0])
+        _, numbers, after, saving = open_[i]
+        if saved + saving > goal * 1.02 and any(saved + s[3] <= goal * 1.02 for s in open_.values()):
+            i = min((j for j in open_ if saved + open_[j][3] <= goal * 1.02), key=lambda j: open_[j][0])
+            _, numbers, after, saving = open_[i]
+        gone[i] |= set(numbers)
+        shapes, saved = after, saved + saving
+        remove(i, numbers)
+        touched = {name for name, _ in groups[i].units[0]}
+        found = {j: s for j, s in found.items() if j != i and not touched & {name for name, _ in groups[j].units[0]}}
+    return gone
+
+
+# ---- refit without a gradient ---------------------------------------------------------------------------------------
+
+PLACES = 2**16  # of a layer's input that its moments are taken from
+
+
+def as_matrix(layer):
+    """The weight of a convolution or Linear as (outputs, inputs, taps); inputs of one of its groups."""
+    weight = layer.weight.detach()
+    return (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight).flatten(2 - (weight.dim() < 3))
+
+
+def set_matrix(layer, matrix):
+    """Undo as_matrix() into the layer."""
+    weight = layer.weight
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    shape = weight.transpose(0, 1).shape if transposed else weight.shape
+    matrix = matrix.reshape(shape)
+    weight.copy_(matrix.transpose(0, 1) if transposed else matrix)
+
+
+def moments(layer, x):
+    """Mean (C,) and covariance (C, C) of a layer's input over at most PLACES of its places, in float64."""
+    rows = (x if isinstance(layer, nn.Linear) else x.movedim(1, -1)).flatten(0, -2).float()
+    if len(rows) > PLACES:
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:PLACES].to(rows.device)]
+    mean = rows.mean(0)
+    rows = rows - mean
+    return mean.double(), (rows.mT @ rows).double() / len(rows)
+
+
+def group_blocks(layer, mean, covariance):
+    """[(outputs, mean, covariance)] of each group of a convolution; one for any other layer."""
+    groups = getattr(layer, "groups", 1)
+    width = len(mean) // groups
+    outputs = as_matrix(layer).shape[0] // groups
+    blocks = []
+    for g in range(groups):
+        own = slice(g * width, (g + 1) * width)
+        blocks.append((slice(g * outputs, (g + 1) * outputs), mean[own], covariance[own, own]))
+    return blocks
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def readers_of(model, groups, images, *, ridge):
+    """{name of a weight: Reader} of all layers that read what may go, from one run on images (N, 3, H, W)."""
+    names = {name for group in groups for unit in group.units[:1] for name, dim in unit if is_input(model, name, dim)}
+    found = {}
+
+    def see(name):
+        def hook(layer, args):
+            if name not in found:
+                blocks = group_blocks(layer, *moments(layer, args[0]))
+                covariance = sum(c for _, _, c in blocks) / len(blocks)
+                state = Residual(as_matrix(layer).cpu(), covariance.cpu(), ridge)
+                found[name] = Reader(1 - output_dim(model, name), state)
+
+        return hook
+
+    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    hooks = [layer.register_forward_pre_hook(see(name)) for name, layer in layers.items()]
+    outputs_of(model)(images)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def refit(weight, mean, covariance, kept, ridge):
+    """The best weights on the inputs `kept` alone -> (weight (outputs, inputs, taps), 0 elsewhere, shift (outputs,)).
+
+    With S kept and P gone: W_S + W_P B and a shift of W_P (mean_P - B mean_S), summed over the taps, where
+    B = C_PS (C_SS + ridge mean(diag C_SS) I)^-1.
+    """
+    gone = torch.ones(len(mean), dtype=torch.bool, device=mean.device)
+    gone[kept] = False
+    c = covariance[kept][:, kept]
+    c = c + ridge * c.diag().mean().clamp(min=1e-12) * torch.eye(len(kept), device=c.device)
+    b = torch.linalg.solve(c, covariance[kept][:, gone]).mT  # (P, S)
+    w = weight.double()
+    out = torch.zeros_like(w)
+    out[:, kept] = w[:, kept] + torch.einsum("opt,ps->ost", w[:, gone], b)
+    shift = w[:, gone].sum(2) @ (mean[gone] - b @ mean[kept])
+    return out.to(weight.dtype), shift.to(weight.dtype)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def compensate(model, keep, images, *, ridge, renorm):
+    """Refit, in place and front to back in one run on images (N, 3, H, W), each layer to the inputs that it keeps.
+
+    Weights on the others become 0. A layer sees inputs as they are once those before it are refitted. What a mean
+    gains or loses goes into the bias, or the mean of the BatchNorm that follows; renorm: all BatchNorms get the
+    statistics of the run.
+    """
+    traced = models.trace(model, run=outputs_of(model))
+    norm_after = {}
+    for call in traced.calls:
+        if call.name == "batch_norm" and call.reads[0].maker and traced.sole_reader(call.reads[0]) is call:
+            norm_after[call.reads[0].maker.module] = call.module
+    done = set()
+
+    def adapt(name, kept):
+        def hook(layer, args):
+            if name in done:
+                return
+            done.add(name)
+            matrix, shifts = as_matrix(layer).clone(), []
+            for rows, mean, covariance in group_blocks(layer, *moments(layer, args[0])):
+                matrix[rows], shift = refit(matrix[rows], mean, covariance, kept.to(mean.device), ridge)
+                shifts.append(shift)
+            set_matrix(layer, matrix)
+            shift = torch.cat(shifts)
+            if layer in norm_after:
+                norm_after[layer].running_mean -= shift
+            elif layer.bias is not None:
+                layer.bias += shift
+            else:
+                layer.bias = nn.Parameter(shift)
+
+        return hook
+
+    def anew(norm, args):
+        x = args[0].movedim(1, 0).flatten(1).float()
+        norm.running_mean.copy_(x.mean(1))
+        norm.running_var.copy_(x.var(1))
+
+    hooks = []
+    for (name, dim), kept in keep.items():
+        if is_input(model, name, dim):
+            hooks.append(model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(adapt(name, kept)))
+    if renorm:
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        hooks += [norm.register_forward_pre_hook(anew) for norm in norms]
+    outputs_of(model)(images)
+    for hook in hooks:
+        hook.remove()
+    zero_readers(model, keep)  # those that did not run
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def reestimate_norms(model, images, batch=8):
+    """Give each BatchNorm the mean of the statistics of batches of images (N, 3, H, W), in place."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True
+    for part in images.split(batch):
+        outputs_of(model)(part)
+    for norm, (training, momentum) in zip(norms, before, strict=True):
+        norm.training, norm.momentum = training, momentum
