@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 import datasets
 from datasets import DataError, DataInfo, RandomScaleCrop, StepSampler, open_dataset
+from scenes import CITYSCAPES_CLASSES, draw_scene
 
 CAMVID = Path(os.environ.get("CAMVID_ROOT", "CamVid"))
 PLAIN = dict(scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric=False)
@@ -922,9 +923,9 @@ def test_main_writes_a_sheet_of_images_and_labels(tmp_path, capsys):
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.size == (1024, 2 * 128)  # two pairs a row, each 512 wide, image and label side by side
     row = np.asarray(sheet.convert("RGB"))[:128].astype(int)
-    _, label = datasets.draw_scene(0, "train", 0, (64, 128))
+    _, label = draw_scene(0, "train", 0, (64, 128))
     palette = np.array(datasets.CITYSCAPES_PALETTE)
-    sky = datasets.CITYSCAPES_CLASSES.index("sky")
+    sky = CITYSCAPES_CLASSES.index("sky")
     ys, xs = np.nonzero(label == sky)
     shown = row[2 * ys[len(ys) // 2], 256 + 2 * xs[len(xs) // 2]]
     assert np.abs(shown - palette[sky]).max() < 20
