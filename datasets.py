@@ -19,8 +19,10 @@ processes and restarts, and the global random state is never touched.
 """
 
 import argparse
+import atexit
 import colorsys
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -796,13 +798,12 @@ def eval_loader(dataset, *, batch_size=1, workers=0, rank=0, world=1):
 
 
 def make_loader(dataset, *, workers, **options):
-    fork = workers > 0 and sys.platform == "linux"  # forked workers share the cache, others would each get a copy
-    if fork:
+    if workers and START == "fork":
         dataset.fill_cache()
     return DataLoader(
         dataset,
         num_workers=workers,  # each runs torch with one thread, which DataLoader sees to
-        multiprocessing_context="fork" if fork else None,
+        multiprocessing_context=WorkerContext() if workers else None,
         worker_init_fn=ignore_interrupt,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
@@ -811,10 +812,50 @@ def make_loader(dataset, *, workers, **options):
     )
 
 
+START = "fork" if sys.platform == "linux" else "spawn"  # forked workers share the cache, others each get a copy
+SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+class Worker(multiprocessing.get_context(START).Process):
+    """A process of a loader: deaf to SIGINT and SIGTERM from its first moment, and gone when the main process goes.
+
+    Being deaf, it cannot be asked to end as DataLoader and multiprocessing do, with SIGTERM: it is killed.
+    """
+
+    def start(self):
+        atexit.unregister(kill_workers)
+        atexit.register(kill_workers)  # once, and after multiprocessing's own, which it has to come before
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return super().start()  # the new process inherits that both are blocked, and never comes back from here
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def terminate(self):
+        self.kill()
+
+
+class WorkerContext(type(multiprocessing.get_context(START))):
+    """What DataLoader starts its processes with."""
+
+    Process = Worker
+
+
+def kill_workers():
+    """At exit, whatever the reason: multiprocessing would send the living ones SIGTERM, then wait for them for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises when a worker is killed
+    for process in multiprocessing.active_children():
+        if isinstance(process, Worker):
+            process.kill()
+
+
 def ignore_interrupt(worker):
     """Ctrl-C and `timeout` reach every process of the group; only the main one decides what to do about it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(samples):
