@@ -818,7 +818,7 @@ class Run:
         """To the whole group, as Ctrl-C and `timeout` do."""
         os.killpg(self.process.pid, number)
 
-    def end(self, limit=25):
+    def end(self, limit=60):
         """(status, stdout, stderr), once no process is left that could write there. Fails after `limit` seconds."""
         try:
             out, err = self.process.communicate(timeout=limit)
@@ -949,8 +949,9 @@ def test_signals_while_workers_start_are_the_main_process_affair(folder):
     handlers += [f"signal.signal(signal.{name}, signal.SIG_IGN)" for name in ("SIGINT", "SIGTERM")]
     run = loop(folder, "break", before=handlers)
     assert run.process.stdout.readline() == "ready\n"
-    for i in itertools.count():  # until it is through
-        if run.process.poll() is not None:
+    stop = time.monotonic() + 60
+    for i in itertools.count():
+        if run.process.poll() is not None or time.monotonic() > stop:
             break
         run.signal((signal.SIGTERM, signal.SIGINT)[i % 2])
         time.sleep(0.003)
