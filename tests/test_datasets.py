@@ -1,7 +1,12 @@
 import argparse
+import itertools
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +18,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import datasets
+import train
 from datasets import DataError, DataInfo, RandomScaleCrop, StepSampler, open_dataset
+from scenes import CITYSCAPES_CLASSES, draw_scene
 
 CAMVID = Path(os.environ.get("CAMVID_ROOT", "CamVid"))
 PLAIN = dict(scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric=False)
@@ -791,6 +798,182 @@ def test_cache_gives_the_same(folder):
     assert torch.equal(first[0], copy)  # no transform writes into the cache
 
 
+# ---- whatever goes wrong, the process ends, with its loader workers -------------------------------------------------
+
+ROOT = Path(datasets.__file__).parent
+UNET = ["--model", "unet", "--width", 4, "--no-pretrained", "--batch-size", 2, "--crop", 32, 32, "--workers", 2]
+UNET += ["--amp", "off", "--threads", 1]
+
+
+class Run:
+    """A Python process in a group of its own, as a shell starts it; loaders can only be seen to end from outside."""
+
+    def __init__(self, *command):
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def signal(self, number):
+        """To the whole group, as Ctrl-C and `timeout` do."""
+        os.killpg(self.process.pid, number)
+
+    def end(self, limit=60):
+        """(status, stdout, stderr), once no process is left that could write there. Fails after `limit` seconds."""
+        try:
+            out, err = self.process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            self.signal(signal.SIGKILL)
+            out, err = self.process.communicate()
+            pytest.fail(f"status {self.process.returncode}, and not all had ended after {limit} s: {err[-2000:]}")
+        return self.process.returncode, out, err
+
+
+def loop(folder, *lines, before=()):
+    """Run of a program in which `lines` stand in a loop over a loader with two workers."""
+    code = f"""
+        import os, signal
+        import datasets
+        data = datasets.open_dataset("folder", "train", root={str(folder)!r})
+        data.transform = datasets.train_transform(data.info, crop=(24, 32), **{PLAIN})
+        batches = iter(datasets.train_loader(data, batch_size=2, start=0, stop=1000, seed=0, workers=2))
+        for images, target in batches:
+    """
+    *start, last = map(str.strip, code.strip().splitlines())
+    return Run("-c", "\n".join([*start, *before, last, *(f"    {line}" for line in lines)]))
+
+
+def more_images(folder, split, n=12):
+    for i in range(n):
+        save(folder / "images" / split / f"{i}.png", COLOURS[blocks(40, 56, seed=i)])
+        save(folder / "masks" / split / f"{i}.png", blocks(40, 56, seed=i))
+
+
+def spoil(folder, split, how):
+    """Make image 3 of the split one that cannot be read, or give it a mask of another size."""
+    if how == "truncated":
+        path = folder / "images" / split / "3.png"
+        path.write_bytes(path.read_bytes()[:-60])
+    else:
+        path = folder / "masks" / split / "3.png"
+        save(path, blocks(20, 30))
+    return path
+
+
+def is_one_error_line(err, path):
+    """The last line, after what the progress bars left, and the only one that speaks of an error."""
+    assert "Traceback" not in err
+    assert err.count("rror:") == 1
+    assert err.splitlines()[-1].startswith("error: ")
+    assert str(path) in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("how", ["truncated", "mask of another size"])
+def test_training_ends_on_a_bad_file(folder, tmp_path, how):
+    path = spoil(folder, "train", how)
+    flags = ["--dataset", "folder", "--data-root", folder, *UNET, "--epochs", 3, "--out", tmp_path / "out"]
+    status, _, err = Run("train.py", *flags).end()
+    assert status == 2
+    is_one_error_line(err, path)
+
+
+@pytest.fixture
+def trained(folder, tmp_path):
+    """Checkpoint of a network trained for two steps on `folder`."""
+    out = tmp_path / "trained"
+    threads = torch.get_num_threads()
+    flags = ["--dataset", "folder", "--data-root", folder, *UNET, "--dry-run", "--workers", 0, "--out", out]
+    train.main(list(map(str, flags)))
+    torch.set_num_threads(threads)
+    return out / "best.pt"
+
+
+@pytest.mark.parametrize("how", ["truncated", "mask of another size"])
+def test_evaluation_ends_on_a_bad_file(folder, tmp_path, trained, how):
+    more_images(folder, "val")
+    path = spoil(folder, "val", how)
+    flags = ["--weights", trained, "--workers", 2, "--amp", "off", "--out", tmp_path / "out"]
+    status, _, err = Run("evaluate.py", *flags).end()
+    assert status == 2
+    is_one_error_line(err, path)
+
+
+def test_quantization_aware_training_ends_on_a_bad_file(folder, tmp_path, trained):
+    path = spoil(folder, "train", "truncated")
+    flags = ["--method", "qat", "--weights", trained, "--workers", 2, "--epochs", 3, "--out", tmp_path / "out"]
+    status, _, err = Run("quantize.py", *flags).end()
+    assert status == 2
+    is_one_error_line(err, path)
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "last"),
+    [
+        ("raise RuntimeError('in the loop')", 1, "RuntimeError: in the loop"),
+        ("raise SystemExit(3)", 3, None),
+        ("os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT, "KeyboardInterrupt"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, None),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, None),
+        ("break", 0, None),
+        ("del batches; break", 0, None),
+        ("os.killpg(0, signal.SIGINT)", -signal.SIGINT, "KeyboardInterrupt"),
+    ],
+)
+def test_a_loop_ends_with_its_workers(folder, line, status, last):
+    """However it is left; nothing is printed but the exception itself."""
+    ended, _, err = loop(folder, line).end()
+    assert ended == status, err
+    assert err.splitlines()[-1:] == ([last] if last else [])
+    assert err.count("Error") == (1 if last and "Error" in last else 0)
+    assert "Exception ignored" not in err
+
+
+def test_a_worker_that_is_stuck_ends_with_the_process(folder):
+    """As one whose disk does not answer."""
+    stuck = "data.transform = lambda image, mask: time.sleep(1000)"
+    code = ["import time, datasets", f"data = datasets.open_dataset('folder', 'train', root={str(folder)!r})", stuck]
+    code += ["batches = iter(datasets.train_loader(data, batch_size=2, start=0, stop=9, seed=0, workers=2))", "1 / 0"]
+    status, _, err = Run("-c", "\n".join(code)).end()
+    assert status == 1
+    assert err.splitlines()[-1].startswith("ZeroDivisionError")
+
+
+def test_signals_while_workers_start_are_the_main_process_affair(folder):
+    """Loaders start all the time and signals come all the time: not one batch is lost."""
+    handlers = ["seen = []"]
+    handlers += [f"signal.signal(signal.{name}, lambda *_: seen.append(1))" for name in ("SIGINT", "SIGTERM")]
+    handlers += ["print('ready', flush=True)", "number = 0", "for _ in range(30):"]
+    handlers += ["    again = datasets.train_loader(data, batch_size=2, start=0, stop=4, seed=0, workers=2)"]
+    handlers += ["    number += sum(1 for _ in again)"]
+    handlers += ["assert number == 120 and len(seen) > 50"]
+    handlers += [f"signal.signal(signal.{name}, signal.SIG_IGN)" for name in ("SIGINT", "SIGTERM")]
+    run = loop(folder, "break", before=handlers)
+    assert run.process.stdout.readline() == "ready\n"
+    stop = time.monotonic() + 60
+    for i in itertools.count():
+        if run.process.poll() is not None or time.monotonic() > stop:
+            break
+        run.signal((signal.SIGTERM, signal.SIGINT)[i % 2])
+        time.sleep(0.003)
+    status, _, err = run.end()
+    assert (status, err) == (0, "")
+
+
+def test_sigterm_to_the_group_stops_training_with_its_state_saved(folder, tmp_path):
+    more_images(folder, "val")  # enough that each epoch's evaluation starts workers
+    out = tmp_path / "out"
+    run = Run("train.py", "--dataset", "folder", "--data-root", folder, *UNET, "--epochs", 5000, "--out", out)
+    ended = time.monotonic() + 60
+    while not (out / "last.pt").exists() and time.monotonic() < ended:
+        time.sleep(0.05)
+    run.signal(signal.SIGTERM)
+    status, printed, err = run.end()
+    assert status == 0, err
+    assert "Traceback" not in err
+    step = int(re.search(r"SIGTERM: stopped after step (\d+)\. Go on with: python train.py --resume", printed)[1])
+    assert torch.load(out / "last.pt", weights_only=True)["training"]["step"] == step
+
+
 # ---- class distribution and weights --------------------------------------------------------------------------------
 
 
@@ -922,9 +1105,9 @@ def test_main_writes_a_sheet_of_images_and_labels(tmp_path, capsys):
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.size == (1024, 2 * 128)  # two pairs a row, each 512 wide, image and label side by side
     row = np.asarray(sheet.convert("RGB"))[:128].astype(int)
-    _, label = datasets.draw_scene(0, "train", 0, (64, 128))
+    _, label = draw_scene(0, "train", 0, (64, 128))
     palette = np.array(datasets.CITYSCAPES_PALETTE)
-    sky = datasets.CITYSCAPES_CLASSES.index("sky")
+    sky = CITYSCAPES_CLASSES.index("sky")
     ys, xs = np.nonzero(label == sky)
     shown = row[2 * ys[len(ys) // 2], 256 + 2 * xs[len(xs) // 2]]
     assert np.abs(shown - palette[sky]).max() < 20
