@@ -942,6 +942,7 @@ count = checked_number(int, lambda v: v >= 0, "a whole number, 0 or more")
 positive_float = checked_number(float, lambda v: 0 < v < math.inf, "a number above 0")
 probability = checked_number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 share = checked_number(float, lambda v: 0 < v <= 1, "a number above 0, up to 1")
+share_below_1 = checked_number(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 inner_share = checked_number(float, lambda v: 0 < v < 1, "a number between 0 and 1")
 
 

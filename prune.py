@@ -1,22 +1,22 @@
 """Prune a trained network: single weights by global magnitude, or whole channels, heads and hidden units.
 
     python prune.py --amount 0.3                                  # 30% of the weights of checkpoints/train/best.pt
-    python prune.py --amount 0.9 --schedule cubic --kl 1          # step by step while it is trained, and taught
+    python prune.py --amount 0.9 --sparsity-schedule cubic --kl 1 # step by step while it is trained, and taught
     python prune.py --structured --amount 0.5                     # half of the multiply-accumulates, really gone
     python prune.py --structured --amount 0.5 --target latency    # half of the milliseconds, by timed layers
     python prune.py --sweep 0.1 0.3 0.5 0.7 0.9                   # the curve, before and after fine-tuning
 
 Single weights. The weights of smallest magnitude in all layers of --scope together become 0 (Han et al. 2015; --score
-lamp ranks by w^2 over the sum of the squares not smaller in its layer, Lee et al. 2021). With --schedule cubic the
-share grows as s (1 - (1 - t)^3) over the first half of the training (Zhu and Gupta 2017). A dense kernel multiplies by
-0 as slowly as by anything else, so the network is no faster; its file is smaller, see models.pack_zeros().
+lamp ranks by w^2 over the sum of the squares not smaller in its layer, Lee et al. 2021). With --sparsity-schedule cubic
+the share grows as s (1 - (1 - t)^3) over the first half of the training (Zhu and Gupta 2017). A dense kernel multiplies
+by 0 as slowly as by anything else, so the network is no faster; its file is smaller, see models.pack_zeros().
 
 Channels. Which numbers stand and fall together is found by sending index numbers through the network: each channel that
 a layer makes gets one, a view, permute, cat, slice or pad moves them as it moves the data, and those that meet in a sum
 or product are joined (channel_groups()). What is left over is a class of slices of parameters that can go at once. A
 channel is worth what least squares cannot make up for: with H the covariance of a layer's inputs, removing input p
-costs |W_p|^2 / [H^-1]_pp, and the best weights of the others are W - W_p [H^-1]_p / [H^-1]_pp (Hassibi and Stork 1993; of
-channels, OSSCAR: Meng et al. 2024). Greedily, what costs least for what it saves goes next. Then, front to back on
+costs |W_p|^2 / [H^-1]_pp, and the best weights of the others are W - W_p [H^-1]_p / [H^-1]_pp (Hassibi and Stork 1993;
+of channels, OSSCAR: Meng et al. 2024). Greedily, what costs least for what it saves goes next. Then, front to back on
 the network as it is by then, each layer that read what is gone is refitted to calibration images in closed form, and
 BatchNorm gets new statistics: no gradient is needed. The result is a smaller network of plain layers.
 """
@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -114,9 +115,9 @@ def apply_masks(tensors, masks):
             tensors[name].mul_(mask)
 
 
-def gradual(model, weights, *, amount, score, first, steps, interval):
-    """after_step of train.fit() for the cubic schedule: every `interval` steps until half of them are done new masks,
-    of the weights as the step left them, so that what was 0 may grow again; then the last ones stay.
+def gradual(weights, *, amount, score, first, steps, interval):
+    """(after_step of train.fit(), number of steps to the last new masks) for the cubic schedule: every `interval` steps
+    until half of them are done new masks, of the weights as the step left them, so that what was 0 may grow again.
 
     Between two choices what is 0 stays 0, in the average of the weights too. A resumed run finds the mask in the zeros.
     """
@@ -154,7 +155,7 @@ LAYOUT = {
 ELEMENTWISE = {
     "add", "sub", "mul", "div", "pow", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "square", "clamp", "minimum",
     "maximum", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh", "elu",
-    "mish", "leaky_relu", "softplus", "dropout", "dropout1d", "dropout2d", "where", "masked_fill", "eq", "ne", "lt", "le", "gt",
+    "mish", "leaky_relu", "softplus", "dropout", "dropout2d", "where", "masked_fill", "eq", "ne", "lt", "le", "gt",
     "ge", "and", "or", "xor", "invert", "logical_and", "logical_or", "logical_not", "true_divide", "truediv", "bool",
     "isfinite", "nan_to_num", "lerp", "erf", "round", "floor", "floor_divide", "addcmul", "rsub", "bitwise_not",
     "bitwise_and", "bitwise_or", "reciprocal", "alpha_dropout", "feature_alpha_dropout", "clamp_min", "clamp_max",
@@ -546,6 +547,7 @@ def trial(model, groups, gone):
     return None
 
 
+@torch.no_grad()
 def zero_readers(model, keep):
     """Set to 0, in place, the weights of all layers on inputs that `keep` of kept_indices() does not name."""
     tensors = tensors_of(model)
@@ -594,7 +596,7 @@ def kept_indices(model, groups, gone):
 @torch.inference_mode(False)
 @torch.no_grad()
 def shrink(model, keep):
-    """Take out of a network, in place, all slices that `keep` of kept_indices() does not name -> {tensor: its shape}."""
+    """Take out of a network, in place, all slices that `keep` of kept_indices() does not name -> {tensor: shape}."""
     plan = {}
     for name, tensor in tensors_of(model).items():
         for dim in range(tensor.dim()):
@@ -610,10 +612,10 @@ def shrink(model, keep):
 def put(model, name, tensor):
     """Replace a parameter or buffer by a tensor of another shape."""
     path, _, own = name.rpartition(".")
-    module = model.get_submodule(path)
-    old = getattr(module, own)
+    module = model.get_submodule(path) if path else model
     if own in module._parameters:
-        module._parameters[own] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        old = module._parameters[own]  # None of a bias that a refit added
+        module._parameters[own] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
     else:
         module._buffers[own] = tensor
 
@@ -671,22 +673,27 @@ TARGETS = ("params", "macs", "latency")
 class Costs:
     """What a network costs with some units gone: parameters, multiply-accumulates of an image or milliseconds.
 
-    Weights are counted with the width that each dimension still has. places: {name of a layer's weight: how often it is
-    applied to an image}, see count_places().
+    Weights are counted with the width that each dimension still has. places, attention: of count_places(). tables: of
+    layer_times(). scope: the part that counts, backbone, head or all.
     """
 
-    def __init__(self, model, groups, places, attention, target, tables=None):
-        self.groups, self.places, self.target, self.tables = groups, places, target, tables
+    def __init__(self, model, groups, places, attention, target, tables=None, scope="all"):
+        self.groups, self.places, self.target, self.tables, self.scope = groups, places, target, tables, scope
         self.shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-        self.attention = attention  # [(the weight whose outputs are the values, multiply-accumulates)]
+        self.attention = [row for row in attention if self.counts(row[0])]
         self.members = [  # for each group: {weight: {dimension: slices of one unit}}
             {name: {d: len(i) for (n, d), i in group.units[0].items() if n == name}
              for name, _ in group.units[0] if name in self.shapes}
             for group in groups
         ]  # fmt: skip
 
+    def counts(self, name):
+        return self.scope == "all" or name.startswith(f"{self.scope}.")
+
     def of(self, shapes, name):
         """The cost of one parameter at these widths."""
+        if not self.counts(name):
+            return 0
         numel = math.prod(shapes[name])
         if self.target == "params":
             return numel
@@ -828,9 +835,9 @@ def choose(groups, costs, amount, *, loss, remove, round_to, floor, per_cost):
             return None
         each = loss(i)
         numbers = each.topk(count - smaller[0], largest=False).indices.tolist()
-        after, saving = costs.without(shapes, i, len(numbers))
+        saving = costs.without(shapes, i, len(numbers))[1]
         total = each[numbers].sum().item()
-        return (total / max(saving, 1e-30) if per_cost else total / len(numbers)), numbers, after, saving
+        return (total / max(saving, 1e-30) if per_cost else total / len(numbers)), numbers, saving
 
     while saved < goal:
         for i in range(len(groups)):
@@ -843,12 +850,13 @@ def choose(groups, costs, amount, *, loss, remove, round_to, floor, per_cost):
                 "gone; lower --min-channels or --round-to"
             )
         i = min(open_, key=lambda i: open_[i][0])
-        _, numbers, after, saving = open_[i]
-        if saved + saving > goal * 1.02 and any(saved + s[3] <= goal * 1.02 for s in open_.values()):
-            i = min((j for j in open_ if saved + open_[j][3] <= goal * 1.02), key=lambda j: open_[j][0])
-            _, numbers, after, saving = open_[i]
+        fitting = [j for j, step in open_.items() if saved + step[2] <= goal + 0.01 * start]
+        if i not in fitting and fitting:  # the last step must not go far beyond
+            i = min(fitting, key=lambda i: open_[i][0])
+        numbers = open_[i][1]
+        shapes, saving = costs.without(shapes, i, len(numbers))
         gone[i] |= set(numbers)
-        shapes, saved = after, saved + saving
+        saved += saving
         remove(i, numbers)
         touched = {name for name, _ in groups[i].units[0]}
         found = {j: s for j, s in found.items() if j != i and not touched & {name for name, _ in groups[j].units[0]}}
@@ -942,12 +950,11 @@ def refit(weight, mean, covariance, kept, ridge):
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def compensate(model, keep, images, *, ridge, renorm):
+def compensate(model, keep, images, *, ridge):
     """Refit, in place and front to back in one run on images (N, 3, H, W), each layer to the inputs that it keeps.
 
     Weights on the others become 0. A layer sees inputs as they are once those before it are refitted. What a mean
-    gains or loses goes into the bias, or the mean of the BatchNorm that follows; renorm: all BatchNorms get the
-    statistics of the run.
+    gains or loses goes into the bias, or the mean of the BatchNorm that follows.
     """
     traced = models.trace(model, run=outputs_of(model))
     norm_after = {}
@@ -976,18 +983,10 @@ def compensate(model, keep, images, *, ridge, renorm):
 
         return hook
 
-    def anew(norm, args):
-        x = args[0].movedim(1, 0).flatten(1).float()
-        norm.running_mean.copy_(x.mean(1))
-        norm.running_var.copy_(x.var(1))
-
     hooks = []
     for (name, dim), kept in keep.items():
         if is_input(model, name, dim):
             hooks.append(model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(adapt(name, kept)))
-    if renorm:
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        hooks += [norm.register_forward_pre_hook(anew) for norm in norms]
     outputs_of(model)(images)
     for hook in hooks:
         hook.remove()
@@ -1007,3 +1006,509 @@ def reestimate_norms(model, images, batch=8):
         outputs_of(model)(part)
     for norm, (training, momentum) in zip(norms, before, strict=True):
         norm.training, norm.momentum = training, momentum
+
+
+# ---- prune ----------------------------------------------------------------------------------------------------------
+
+
+def unit_importance(model, groups, kind, gradients=None):
+    """[importance of each unit (U,) of each group], a group's mean being 1.
+
+    l1, l2: norm of the weights that make its channels (Li et al. 2017). gamma: |gamma| of their BatchNorms (Liu et al.
+    2017). taylor: |w dL/dw| summed over every parameter that would go, BatchNorm's included (Molchanov et al. 2019);
+    gradients: {name: dL/dw}.
+    """
+    tensors, found = dict(model.named_parameters()), []
+    for group in groups:
+        total = torch.zeros(len(group.units), dtype=torch.double)
+        for name, dim in group.units[0]:
+            if name not in tensors or (kind == "taylor" and name not in gradients):
+                continue
+            norm = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.batchnorm._BatchNorm)
+            w = tensors[name].detach().cpu().double()
+            if kind == "taylor":
+                w = w * gradients[name].cpu().double()
+            elif kind == "gamma":
+                if not (norm and name.endswith(".weight")):
+                    continue
+            elif not is_output(model, name, dim):
+                continue
+            each = w.movedim(dim, 0).flatten(1).abs()
+            each = each.square().sum(1) if kind == "l2" else each.sum(1)
+            total += torch.stack([each[unit[name, dim]].sum() for unit in group.units])
+        found.append(total.sqrt() if kind == "l2" else total)
+    return [t / t.mean().clamp(min=1e-30) for t in found]
+
+
+def gradients_of(model, objective, train_set, *, batch_size, seed, device, steps):
+    """{name: dL/dw} summed over `steps` training batches, in eval mode: BatchNorm as it is used."""
+    model.zero_grad(set_to_none=True)
+    loader = datasets.train_loader(train_set, batch_size=batch_size, start=0, stop=steps, seed=seed)
+    for images, target in loader:
+        objective(images.to(device, memory_format=torch.channels_last), target.to(device)).backward()
+    found = {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def percentiles(losses, groups):
+    """Each unit's rank, from 0 to 1, among those of all groups that look alike (isomorphic pruning, Fang et al. 2024)."""
+    found = [None] * len(groups)
+    for kind in {group.kind for group in groups}:
+        members = [i for i, group in enumerate(groups) if group.kind == kind]
+        every = torch.cat([losses[i] for i in members])
+        ranks = torch.empty_like(every)
+        ranks[every.argsort()] = torch.linspace(0, 1, len(every), dtype=every.dtype)
+        for i, own in zip(members, ranks.split([len(groups[j].units) for j in members]), strict=True):
+            found[i] = own
+    return found
+
+
+@torch.inference_mode(False)
+def remove_channels(model, images, amount, *, args, gradients=None, size=None):
+    """Prune a network's channels, in place -> (plan, {layer: why it kept all}); see the flags of the same names.
+
+    images (N, 3, H, W): for calibration. amount: share of args.target to take, of what the model costs now. size: image
+    (1, 3, H, W) that multiply-accumulates are counted for. Raises ModelError where the target is not met.
+    """
+    groups, left = channel_groups(model)
+    groups = [g for g in groups if args.scope == "all" or g.name.startswith(f"{args.scope}.")]
+    if not groups:
+        raise ModelError(f"--scope {args.scope}: no channel there can go")
+    places, attention = count_places(model, size)
+    tables = layer_times(model, size, args.round_to) if args.target == "latency" else None
+    costs = Costs(model, groups, places, attention, args.target, tables, scope=args.scope)
+    residual = args.importance == "residual"
+    readers = readers_of(model, groups, images, ridge=args.ridge) if residual else {}
+    fixed = None
+    if not residual:
+        fixed = unit_importance(model, groups, args.importance, gradients)
+    elif args.rank == "group":
+        fixed = [losses_of(group, readers) for group in groups]
+    if args.rank == "group":
+        fixed = percentiles(fixed, groups)
+
+    def loss(i):
+        return losses_of(groups[i], readers) if fixed is None else fixed[i]
+
+    def remove(i, numbers):
+        if fixed is not None:
+            fixed[i][numbers] = math.inf
+            return
+        for name, dim in groups[i].units[0]:
+            if name in readers and dim == readers[name].dim:
+                indices = sorted(x for number in numbers for x in groups[i].units[number][name, dim])
+                readers[name].state.remove(torch.tensor(indices))
+
+    gone = choose(
+        groups, costs, amount, loss=loss, remove=remove, round_to=args.round_to, floor=args.min_channels,
+        per_cost=fixed is None or args.target == "latency",
+    )  # fmt: skip
+    keep = kept_indices(model, groups, gone)
+    if why := trial(model, groups, gone):
+        raise ModelError(f"the network without these channels is not the one with them at 0: {why}")
+    if args.compensate:
+        compensate(model, keep, images, ridge=args.ridge)
+    before = costs.total()
+    plan = shrink(model, keep)
+    if plan:
+        model.channels = model.backbone.channels = map_channels(model)
+    now = costs.total({name: list(p.shape) for name, p in model.named_parameters()})
+    reached = 1 - now / before
+    if args.target != "latency" and abs(reached - amount) > 0.02:
+        raise ModelError(
+            f"--amount {amount}: {reached:.3f} of the {args.target} would be gone, as channels go {args.round_to} at a "
+            "time; lower --round-to"
+        )
+    return plan, left
+
+
+@torch.inference_mode()
+def layer_times(model, image, round_to, widths=12, repeats=3):
+    """{name of a weight: function of its shape that gives milliseconds} of the layers of a network on an image.
+
+    A layer is timed at up to `widths` numbers of outputs and of inputs, multiples of round_to; what lies between is
+    interpolated, and both are taken to multiply. A depthwise one is timed at both at once.
+    """
+    inputs, tables = {}, {}
+
+    def see(layer, args):
+        inputs.setdefault(layer, args[0].shape)
+
+    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, PRUNABLE)}
+    hooks = [layer.register_forward_pre_hook(see) for layer in layers.values()]
+    model.decode(model.encode(image))
+    for hook in hooks:
+        hook.remove()
+    for name, layer in layers.items():
+        if layer in inputs:
+            tables[name] = time_table(layer, inputs[layer], round_to, widths, repeats)
+    return tables
+
+
+def time_table(layer, shape, round_to, widths, repeats):
+    """The function of layer_times() of one layer, for inputs of a shape."""
+    transposed, linear = isinstance(layer, nn.ConvTranspose2d), isinstance(layer, nn.Linear)
+    weight, depthwise = layer.weight, not linear and layer.groups == layer.in_channels > 1
+    dim = -1 if linear else 1
+
+    def measure(outputs, inputs):
+        x = torch.randn([inputs if d == dim % len(shape) else n for d, n in enumerate(shape)])
+        x = x if linear else x.contiguous(memory_format=torch.channels_last)
+        small = copy.deepcopy(layer)
+        put(
+            small, "weight", weight[:inputs, :outputs] if transposed else weight[:outputs, : 1 if depthwise else inputs]
+        )
+        small.bias = None
+        if not linear:
+            small.groups = inputs if depthwise else layer.groups
+            small.in_channels, small.out_channels = inputs, outputs
+            small = small.to(memory_format=torch.channels_last)
+        return evaluate.milliseconds([lambda: small(x)], repeats)[0]
+
+    def curve(count, run):
+        step = max(round_to, -(-count // widths // round_to) * round_to)
+        at = sorted({count, *range(step, count, step)})
+        times = [run(n) for n in at]
+        return [0, *at], [0.0, *times]
+
+    if not linear and layer.groups > 1 and not depthwise:
+        whole = measure(layer.out_channels, layer.in_channels)
+        return lambda s: whole * math.prod(s) / weight.numel()
+    outputs, inputs = (weight.shape[1], weight.shape[0]) if transposed else weight.shape[:2]
+    if depthwise:
+        line = curve(outputs, lambda n: measure(n, n))
+        return lambda s: float(np.interp(s[0], *line))
+    by_outputs, by_inputs = curve(outputs, lambda n: measure(n, inputs)), curve(inputs, lambda n: measure(outputs, n))
+    whole = max(by_outputs[1][-1], 1e-9)
+
+    def milliseconds(s):
+        o, i = (s[1], s[0]) if transposed else s[:2]
+        return float(np.interp(o, *by_outputs) * np.interp(i, *by_inputs) / whole)
+
+    return milliseconds
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+PRUNE_DEFAULTS = dict(epochs=2, lr=3e-4, warmup=10)  # in place of train.py's
+FIXED_FLAGS = ("weights", "amount", "structured", "scope", "score", "pattern", "sparsity_schedule", "interval", "importance",
+               "rank", "round_to", "min_channels", "target", "compensate", "ridge", "calib_images", "steps", "renorm",
+               "sweep")  # fmt: skip
+FLOAT_ONLY = {"quantize": "is quantized: prune the float checkpoint that it was made from, and quantize that"}
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=evaluate.HelpFormatter)
+    group = parser.add_argument_group("pruning")
+    add, yes_no = group.add_argument, argparse.BooleanOptionalAction
+    share = datasets.share_below_1
+    add("--weights", default="checkpoints/train/best.pt", help="float checkpoint to prune")
+    add("--amount", type=share, default=0.3, help="share to take: of the weights, or of what --target says")
+    add("--scope", choices=("all", "backbone", "head"), default="all", help="part that is pruned, and that counts")
+    add("--sweep", type=share, nargs="+", metavar="AMOUNT", help="a run for each of these, and a figure of the curve")
+    add("--calib-images", type=datasets.positive_int, default=64, metavar="N", help="of the training split")
+    add("--renorm", action=yes_no, help="new BatchNorm statistics; left out: where training images gain by them")
+    add("--kl", type=float, default=0.0, metavar="WEIGHT", help="in training, of the divergence from the whole network")
+    add("--temperature", type=datasets.positive_float, default=1.0, help="of that divergence")
+    add("--score", choices=SCORES, default="magnitude", help="weights: what is compared; layer: each loses as much")
+    add("--pattern", choices=("2:4",), help="weights: two of each four consecutive inputs go, whatever --amount")
+    add("--sparsity-schedule", choices=("oneshot", "cubic"), default="oneshot", help="weights: at once, or growing")
+    add("--interval", type=datasets.positive_int, default=20, metavar="STEPS", help="weights: of cubic, between masks")
+    add("--structured", action="store_true", help="remove channels, attention heads and hidden units")
+    add("--target", choices=TARGETS, default="macs", help="channels: what --amount is a share of")
+    add("--importance", choices=IMPORTANCE, default="residual", help="channels: what they are worth")
+    add("--rank", choices=("global", "group"), default="global", help="channels: among all, or among their like")
+    add("--round-to", type=datasets.positive_int, default=8, metavar="N", help="channels: a width is a multiple of it")
+    add("--min-channels", type=datasets.positive_int, default=8, metavar="N", help="channels: a group keeps as many")
+    add("--compensate", action=yes_no, default=True, help="channels: refit the layers that read what goes")
+    add("--ridge", type=datasets.positive_float, default=0.01, help="channels: of the refit, of the mean variance")
+    add("--steps", type=datasets.positive_int, default=1, metavar="N", help="channels: prune and train in N turns")
+    parser.add_argument("--out", help="folder to write to; left out: checkpoints/prune")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
+    datasets.add_data_args(parser)
+    train.add_train_args(parser)
+    parser.set_defaults(**PRUNE_DEFAULTS)
+    return parser
+
+
+def main(argv=None):
+    """Run the command line; returns what results.json holds."""
+    start = time.perf_counter()
+    command = evaluate.command_line("prune.py", argv)
+    shared = dict(script="prune.py", name="prune", inherits=("data", "loss"), fixed=FIXED_FLAGS)
+    args, last = train.parse(make_parser(), argv, **shared)
+    if args.structured and (args.pattern or args.sparsity_schedule == "cubic" or args.score != "magnitude"):
+        raise ModelError("--pattern, --sparsity-schedule and --score are of single weights: leave out --structured")
+    if args.steps > 1 and not args.structured:
+        raise ModelError("--steps is of --structured; single weights have --sparsity-schedule cubic")
+    if args.sweep and args.resume:
+        raise ModelError("--sweep cannot be gone on with: run it again, or --resume --out one of its folders")
+    device = train.start(args)
+    parent = train.open_parent(args, device, refuse=FLOAT_ONLY)
+    before = score(parent.model, parent.val_set, args, device)
+    if not args.sweep:
+        return prune_once(args, command, parent, before, device, last, start)
+    rows = []
+    for amount in args.sweep:
+        one = argparse.Namespace(**vars(args) | {"amount": amount, "out": str(parent.out / f"amount-{amount}")})
+        own = parent._replace(model=copy.deepcopy(parent.model), out=Path(one.out))
+        own.out.mkdir(exist_ok=True)
+        rows.append(prune_once(one, command, own, before, device, None, time.perf_counter()))
+        if "stopped" in rows[-1]:
+            return rows[-1]
+        write_sweep(rows, before["miou"], parent.out)
+    done = rows[-1] | {"sweep": [{k: row[k] for k in SWEEP_KEYS} for row in rows]}
+    evaluate.write_json(parent.out / "results.json", done)
+    print(f"the curve: {parent.out / 'sweep.csv'} and sweep.png")
+    return done
+
+
+def score(model, dataset, args, device):
+    """evaluate() of a network on a data set, without boundaries."""
+    return evaluate.evaluate(
+        model, datasets.eval_loader(dataset, workers=args.workers), num_classes=len(dataset.info.classes),
+        ignore_index=dataset.info.ignore_index, device=device, boundary=False, progress=True,
+    )  # fmt: skip
+
+
+class Seen(torch.utils.data.Dataset):
+    """Training images, evenly spread, as evaluation sees them, but none of those that calibrate; for score()."""
+
+    def __init__(self, args, count=32):
+        options = dict(root=args.data_root, size=args.size, cache=False, options=datasets.option_values(args))
+        few = dict(length=2) if args.dry_run else {}
+        self.dataset = datasets.open_dataset(args.dataset, "train", **options, **few)
+        self.info, every = self.dataset.info, len(self.dataset)
+        used = {i * every // min(args.calib_images, every) for i in range(min(args.calib_images, every))}
+        free = sorted(set(range(every)) - used) or list(range(every))
+        self.indices = [free[i * len(free) // count] for i in range(min(count, len(free)))]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.dataset[self.indices[i]]
+
+    def fill_cache(self):
+        """Nothing is cached."""
+
+
+def renorm_where_it_helps(model, images, args, device):
+    """New BatchNorm statistics, in place: always, never, or where images that were trained on score higher by them ->
+    what was done, in words; None where there is no BatchNorm."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms or args.renorm is False:
+        return "BatchNorm's statistics as they were" if norms else None
+    other = copy.deepcopy(model)
+    reestimate_norms(other, images)
+    if args.renorm is None:
+        seen = Seen(args)
+        own, new = (score(m, seen, args, device)["miou"] for m in (model, other))
+        text = f"on {len(seen)} training images {own:.2f} mIoU with BatchNorm's statistics as they were, {new:.2f} anew"
+        if not new > own:
+            return f"{text}: left as they were"
+    model.load_state_dict(other.state_dict())
+    return f"{text}: taken anew" if args.renorm is None else "BatchNorm's statistics taken anew"
+
+
+def prune_once(args, command, parent, before, device, last, start):
+    """One run: prune, score, fine-tune, report -> what results.json holds."""
+    out, turns = parent.out, args.steps if args.structured else 1
+    if last:
+        model, entry = models.load_checkpoint(out / "last.pt", device=device)[0], last["compression"][-1]
+    else:
+        kind = "channels" if args.structured else "weights"
+        model = copy.deepcopy(parent.model)
+        entry = {"step": "prune", "kind": kind, "amount": args.amount, "scope": args.scope, "plan": {}, "turn": 0}
+    save = train.saver(
+        args, command, data=parent.checkpoint["data"], pretrained=parent.checkpoint["pretrained"],
+        lineage=[*parent.checkpoint["lineage"], train.ancestor(parent.checkpoint, before["miou"])],
+        compression=lambda _network: [*parent.checkpoint["compression"], entry],
+    )  # fmt: skip
+    for turn in range(entry["turn"], turns):
+        if not last:
+            share = 1 - (1 - args.amount) ** ((turn + 1) / turns)
+            (cut_channels if args.structured else cut_weights)(model, share, args, parent, entry, device)
+            metrics = score(model, parent.val_set, args, device)
+            entry |= {"turn": turn, "untuned": {k: metrics[k] for k in ("miou", "macc", "aacc")}}
+            print(f"pruned, not trained yet: {metrics['miou']:.2f} mIoU; before {before['miou']:.2f}")
+            save(out / "best.pt", model, metrics=entry["untuned"])
+        if args.epochs:
+            one = argparse.Namespace(**vars(args) | {"epochs": max(1, args.epochs // turns)})
+            objective = train.make_objective(
+                one, model, parent.train_set, out, device, teacher=parent.model, kl=args.kl,
+                temperature=args.temperature,
+            )  # fmt: skip
+            done = train.fit_by_flags(
+                one, objective, parent.train_set, parent.val_set, script="prune.py", device=device,
+                save=functools.partial(save, network=model), last=last, **hooks_of(model, one, parent, last),
+            )  # fmt: skip
+            if done["stopped"]:
+                return {"stopped": done["stopped"], "step": done["step"]}
+            model = models.load_checkpoint(out / "best.pt", device=device)[0].to(memory_format=torch.channels_last)
+        last = None
+    return report(args, command, parent, before, device, start)
+
+
+def cut_weights(model, amount, args, parent, entry, device):
+    """Set single weights to 0, in place, unless they go while it is trained; BatchNorm anew where that helps."""
+    weights, outside = weights_in(model, args.scope)
+    for why, names in by_reason(outside).items():
+        print(f"not pruned: {len(names)} tensors ({why}), {names[0]} for one")
+    if args.sparsity_schedule == "cubic":
+        return
+    masks, left = two_of_four(weights) if args.pattern else (magnitude_masks(weights, amount, args.score), {})
+    for name, why in left.items():
+        print(f"not pruned: {name} ({why})")
+    apply_masks(weights, masks)
+    gone, count = sum(int((~mask).sum()) for mask in masks.values()), sum(w.numel() for w in weights.values())
+    print(f"pruned: {gone:,} of the {count:,} weights of {len(weights)} layers")
+    metrics = score(model, parent.val_set, args, device)
+    print(f"pruned, BatchNorm's statistics as they were: {metrics['miou']:.2f} mIoU")
+    if text := renorm_where_it_helps(model, calibration(args, device), args, device):
+        print(text)
+
+
+def cut_channels(model, amount, args, parent, entry, device):
+    """Remove channels, in place; BatchNorm anew where that helps."""
+    images, size = calibration(args, device), parent.val_set[0][0][None].to(device)
+    gradients = None
+    if args.importance == "taylor":
+        objective = train.make_objective(args, model, parent.train_set, parent.out, device)
+        steps = 2 if args.dry_run else max(1, args.calib_images // args.batch_size)
+        options = dict(batch_size=args.batch_size, seed=args.seed, device=device, steps=steps)
+        gradients = gradients_of(model, objective, parent.train_set, **options)
+    # what is gone is counted from the network as it was given
+    cost, costs = cost_of(model, size, args), entry.setdefault("cost", cost_of(parent.model, size, args))
+    share = 1 - (1 - amount) * costs / cost
+    plan, left = remove_channels(model, images, share, args=args, gradients=gradients, size=size)
+    entry["plan"] = entry["plan"] | plan
+    entry["channels"] = list(model.channels)
+    for why, names in by_reason(left).items():
+        print(f"kept whole: {len(names)} layers ({why}), {names[0]} for one")
+    if text := renorm_where_it_helps(model, images, args, device):
+        print(text)
+
+
+def cost_of(model, size, args):
+    """What --target says that a network costs, in its --scope."""
+    places, attention = count_places(model, size)
+    tables = layer_times(model, size, args.round_to) if args.target == "latency" else None
+    return Costs(model, [], places, attention, args.target, tables, scope=args.scope).total()
+
+
+def by_reason(left):
+    """{name: why} -> {why: names}."""
+    found = {}
+    for name, why in left.items():
+        found.setdefault(why, []).append(name)
+    return found
+
+
+def calibration(args, device):
+    """--calib-images training images in one batch (N, 3, H, W), cropped to the smallest."""
+    images = train.calibration_images(args, device, args.calib_images)
+    height, width = (min(x.shape[d] for x in images) for d in (2, 3))
+    return torch.cat([x[..., :height, :width] for x in images]).to(memory_format=torch.channels_last)
+
+
+def hooks_of(model, args, parent, last):
+    """What fit() has to do besides: hold zeros, of earlier pruning too, or bring them."""
+    weights = dict(model.named_parameters())
+    if args.structured:
+        zeros = any(step["step"] == "prune" and step["kind"] == "weights" for step in parent.checkpoint["compression"])
+        return {"score_first": True} | ({"after_step": train.keep_zeros(weights)} if zeros else {})
+    weights, _ = weights_in(model, args.scope)
+    if args.sparsity_schedule == "oneshot":
+        return {"score_first": True, "after_step": train.keep_zeros(weights)}
+    after_step, end = gradual(
+        weights, amount=args.amount, score=args.score, first=last["training"]["step"] if last else 0,
+        steps=train.total_steps(args, parent.train_set), interval=args.interval,
+    )  # fmt: skip
+    return {"after_step": after_step, "score_from": end}
+
+
+def report(args, command, parent, before, device, start):
+    """Say what is gone, by the file that was written, and what it cost -> what results.json holds."""
+    path = parent.out / "best.pt"
+    model, checkpoint = models.load_checkpoint(path, device=device)
+    entry, size = checkpoint["compression"][-1], parent.val_set[0][0][None].to(device)
+    metrics = evaluate.score(model, parent.val_set, device=device, out=parent.out, workers=args.workers)
+    weights = [name for name in weights_in(model, "all")[0] if name in checkpoint["state_dict"]]
+    zeros, share = sparsity(checkpoint["state_dict"], weights)
+    shapes = dict(parent.model.named_parameters())
+    if args.structured:
+        kept = {name: checkpoint["state_dict"][name].numel() / shapes[name].numel() for name in weights}
+        draw_layers(kept, "share of the weights that is left", parent.out / "layers.png")
+    else:
+        draw_layers(zeros, "share of zeros", parent.out / "layers.png")
+    macs, macs_before = (evaluate.count_macs(m, size) for m in (model, parent.model))
+    more = {
+        "amount": args.amount, "sparsity": share, "layers": zeros, "macs": macs, "macs_before": macs_before,
+        "macs_ratio": macs / macs_before, "miou_untuned": entry["untuned"]["miou"], "epochs": args.epochs,
+    }  # fmt: skip
+    last = evaluate.Stage(metrics, model, checkpoint, path, command)
+    stages = {
+        "before": evaluate.Stage(
+            before, parent.model, parent.checkpoint, Path(args.weights), parent.checkpoint["command"]
+        ),
+        "pruned": evaluate.Stage(entry["untuned"]), "fine-tuned": last,
+    }  # fmt: skip
+    if not args.epochs:
+        del stages["fine-tuned"]
+        stages["pruned"] = last
+    seconds = time.perf_counter() - start
+    shared = dict(out=parent.out, seconds=seconds, device=device, dry_run=args.dry_run)
+    done = evaluate.before_after(stages, size, more=more, **shared)
+    if args.structured:
+        print(f"{100 * macs / macs_before:.1f}% of the multiply-accumulates, "
+              f"{100 * done['params'] / done['before']['params']:.1f}% of the parameters and "
+              f"{100 * done['latency_ms'] / done['latency_ms_before']:.1f}% of the latency are left")  # fmt: skip
+    else:
+        print(f"{100 * share:.2f}% of the weights are 0, {100 * done['file_mb'] / done['before']['file_mb']:.1f}% of "
+              "the file is left; dense kernels gain nothing by zeros, so it is no faster")  # fmt: skip
+    print(f"{path}; results.json and figures beside it")
+    return done
+
+
+def draw_layers(shares, label, path):
+    """A bar for each layer."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.8 + 0.17 * len(shares)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(list(shares), list(shares.values()))
+    axis.set_ylim(len(shares) - 0.4, -0.6)
+    axis.tick_params(axis="y", labelsize=7)
+    axis.set(xlim=(0, 1), xlabel=label)
+    axis.grid(axis="x", alpha=0.3)
+    evaluate.save_figure(figure, path)
+
+
+SWEEP_KEYS = ("amount", "sparsity", "macs_ratio", "miou_untuned", "miou", "file_mb", "latency_ms")
+
+
+def write_sweep(rows, before, out):
+    """sweep.csv and sweep.png of the runs so far: mIoU over the amount, before and after fine-tuning."""
+    from matplotlib.figure import Figure
+
+    with models.replacing(out / "sweep.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, SWEEP_KEYS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for key, label in (("miou_untuned", "before fine-tuning"), ("miou", "after fine-tuning")):
+        axis.plot([row["amount"] for row in rows], [row[key] for row in rows], marker="o", label=label)
+    axis.axhline(before, color="black", linestyle="--", linewidth=1, label="not pruned")
+    axis.set(xlabel="amount", ylabel="mIoU (%)", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    evaluate.save_figure(figure, out / "sweep.png")
+
+
+if __name__ == "__main__":
+    import prune
+
+    evaluate.run_cli(prune.main)  # the module that load_checkpoint() imports

@@ -1740,7 +1740,7 @@ def fine_tune(model, float_model, parent, *, args, device, save, last=None):
     observe(last["training"]["step"] if last else 0)
     return train.fit_by_flags(
         args, objective, parent.train_set, parent.val_set, script="quantize.py", device=device, save=save, last=last,
-        after_step=lambda step: observe(step + 1), score_first=True,
+        after_step=lambda step, _shadow: observe(step + 1), score_first=True,
     )  # fmt: skip
 
 

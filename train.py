@@ -302,10 +302,12 @@ class Keeper:
     """
 
     def __init__(
-        self, objective, val_set, *, optimizer, scaler, ema, out_dir, save, device, amp_dtype, workers, writer
-    ):
+        self, objective, val_set, *, optimizer, scaler, ema, out_dir, save, device, amp_dtype, workers, writer,
+        score_from=0,
+    ):  # fmt: skip
         self.objective, self.val_set, self.optimizer, self.scaler, self.ema = objective, val_set, optimizer, scaler, ema
         self.out_dir, self.save, self.device, self.amp_dtype, self.writer = out_dir, save, device, amp_dtype, writer
+        self.score_from = score_from
         self.rank, world = rank_and_world()
         self.loader = datasets.eval_loader(val_set, batch_size=1, workers=workers, rank=self.rank, world=world)
         self.state = dict(step=0, history=[], best=None, seconds=0.0, loss_sum=0.0, loss_count=0)
@@ -366,6 +368,8 @@ class Keeper:
             )  # fmt: skip
             metrics = {k: metrics[k] for k in ("miou", "macc", "aacc")}
             best = self.state["best"]
+            if self.state["step"] < self.score_from:
+                return metrics
             if best is None or metrics["miou"] > best["miou"] or math.isnan(best["miou"]):
                 self.state["best"] = metrics | {"step": self.state["step"]}
                 if self.rank == 0:
@@ -420,14 +424,16 @@ def fit(
     on_epoch_start=None,
     after_step=None,
     score_first=False,
+    score_from=0,
 ):
     """Train objective.model on train_set, keeping the weights with the best mIoU on val_set.
 
     objective: module of (images, target) -> loss with the network as `.model`. schedule(step, scores) -> factor of each
     group's base_lr. batch_size: over all processes. save(path, metrics, training) writes a checkpoint. resume: the
     "training" entry of a last.pt. max_steps: stop there, whatever `epochs` says. on_epoch_start(epoch), also called
-    where a resumed run goes on within one, and after_step(step) are for callers that do something of their own to the
-    network. score_first: what it starts from counts as well.
+    where a resumed run goes on within one, and after_step(step, shadow), shadow being the average's tensors by name ({}
+    without one), are for callers that do something of their own to the network. score_first: what it starts from counts
+    as well. score_from: the number of steps before which no score does.
 
     Returns {"history": rows, "best": metrics of best.pt, "seconds", "step", "stopped": signal name or None}.
     Raises TrainingError where the loss is not finite; best.pt stays as it was.
@@ -440,7 +446,7 @@ def fit(
     ema = Ema(objective.model, ema_decay) if ema_decay else None
     keeper = Keeper(
         objective, val_set, optimizer=optimizer, scaler=scaler, ema=ema, out_dir=Path(out_dir), save=save,
-        device=device, amp_dtype=evaluate.AMP_DTYPES[amp], workers=workers, writer=writer,
+        device=device, amp_dtype=evaluate.AMP_DTYPES[amp], workers=workers, writer=writer, score_from=score_from,
     )  # fmt: skip
     state = keeper.state
     if resume:
@@ -494,7 +500,7 @@ def fit(
             if ema:
                 ema.update(objective.model)
             if after_step:
-                after_step(step)
+                after_step(step, ema.shadow if ema else {})
             state.update(step=step + 1, loss_sum=state["loss_sum"] + loss, loss_count=state["loss_count"] + 1)
             images_done, seconds_done = images_done + batch_size, seconds_done + time.perf_counter() - began
             bar.update()
@@ -789,7 +795,8 @@ def total_steps(args, train_set):
 def fit_by_flags(args, objective, train_set, val_set, *, script, device, save, last=None, **hooks):
     """fit() as the flags say, with norms frozen for the last epochs; then draws curves.png -> what fit() returns.
 
-    save(path, **more) writes the network. last: the last.pt to go on from. hooks: after_step, score_first of fit().
+    save(path, **more) writes the network. last: the last.pt to go on from. hooks: after_step, score_first and
+    score_from of fit().
     Where a signal stopped it, it says how to go on, and draws nothing.
     """
     rank, _ = rank_and_world()
@@ -836,6 +843,31 @@ def open_splits(args):
     )  # fmt: skip
     few = dict(length=2) if args.dry_run else {}
     return train_set, datasets.open_dataset(args.dataset, "val", **common, **few)
+
+
+def calibration_images(args, device, count):
+    """Images (1, 3, H, W) of the training split, evenly spread, as the network sees them in evaluation; in a dry run
+    two corners of them."""
+    options = dict(root=args.data_root, size=args.size, cache=False, options=datasets.option_values(args))
+    few, corner = (dict(length=2), 112) if args.dry_run else ({}, None)
+    dataset = datasets.open_dataset(args.dataset, "train", **options, **few)
+    count = min(count, len(dataset))
+    return [dataset[i * len(dataset) // count][0][None, :, :corner, :corner].to(device) for i in range(count)]
+
+
+def keep_zeros(weights):
+    """after_step of fit() that holds at 0 what is 0 now in {name: weight}, in the average of the weights too."""
+    masks = {name: weight.detach() != 0 for name, weight in weights.items()}
+    masks = {name: mask for name, mask in masks.items() if not mask.all()}
+
+    @torch.no_grad()
+    def after_step(_step, shadow):
+        for name, mask in masks.items():
+            weights[name].mul_(mask)
+            if name in shadow:
+                shadow[name].mul_(mask)
+
+    return after_step
 
 
 def make_loss(args, model, train_set, out):

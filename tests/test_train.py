@@ -264,7 +264,13 @@ def test_fit_is_a_plain_loop_over_the_same_samples(tmp_path):
 
 def test_callbacks_and_files(tmp_path):
     epochs, steps = [], []
-    _, done = make_fit(tmp_path, on_epoch_start=epochs.append, after_step=steps.append, eval_every=2, save_every=3)
+    _, done = make_fit(
+        tmp_path,
+        on_epoch_start=epochs.append,
+        after_step=lambda step, _: steps.append(step),
+        eval_every=2,
+        save_every=3,
+    )
     assert (epochs, steps) == ([0, 1, 2], list(range(6)))
     assert ["miou" in row for row in done["history"]] == [False, True, True]  # the last epoch is always evaluated
     with open(tmp_path / "history.csv") as file:
@@ -304,7 +310,7 @@ def test_a_network_that_its_last_step_destroyed_is_neither_scored_nor_saved(tmp_
     objective = Objective(models.build_model(num_classes=19, backbone="dinov2-tiny", head="fpn"), loss_of())
     weight = objective.model.head.classifiers[0][1].weight
 
-    def destroy(step):
+    def destroy(step, _shadow):
         if step == 1:  # the last of the epoch
             weight.data[0, 0] = math.nan
 
