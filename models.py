@@ -1285,11 +1285,6 @@ def parameter_summary(model):
     return "\n".join(lines)
 
 
-def quantization(model):
-    """quantize.py, where the network is one that it has quantized, or None."""
-    return importlib.import_module("quantize") if hasattr(model, "points") else None
-
-
 def compression_summary(steps):
     """The compression steps of a checkpoint by what is short of them."""
     return [{key: step[key] for key in ("step", "method", "bits") if key in step} for step in steps]
