@@ -147,6 +147,8 @@ class Point(nn.Module):
 
     def set_range(self, low, high):
         scale, zero_point = choose_qparams(low, high)
+        if self.scale.is_inference():  # as in a copy made under inference_mode, which cannot be written to outside
+            self.scale, self.zero_point = self.scale.clone(), self.zero_point.clone()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
@@ -161,7 +163,7 @@ class Point(nn.Module):
     @torch.no_grad()
     def freeze(self, int8):
         """Take the scale as it is for good; int8: quantize() gives bytes from now on, where there are kernels."""
-        self.scale.copy_(self.learned_scale())
+        self.scale = self.learned_scale()
         self.theta, self.momentum = None, 0.0
         self.int8, self.numbers, self.last = int8, (self.scale.item(), int(self.zero_point)), None
 

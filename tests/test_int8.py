@@ -1,6 +1,7 @@
 """How quantized networks run: the arithmetic against torch's own, lazy tensors, every network in int8."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -222,6 +223,62 @@ def test_what_was_quantized_is_read_quantized_by_all():
         assert len(x.read().unique()) < len(before.unique())
 
 
+# ---- points ---------------------------------------------------------------------------------------------------------
+
+
+def byte_point(low=-1.0, high=1.0, kind=Point):
+    point = kind()
+    point.set_range(low, high)
+    point.freeze(True)
+    return point
+
+
+@pytest.mark.parametrize("kind", [Point, int8.DynamicPoint])
+@pytest.mark.parametrize("inference", [False, True])
+def test_bytes_of_a_tensor_that_was_written_to_between_two_readers_are_new_ones(kind, inference):
+    with torch.inference_mode(inference), torch.no_grad():
+        point, x = byte_point(kind=kind), torch.linspace(-1, 1, 9)
+        point.quantize(x)
+        x *= -0.5
+        found = point.dequantize(point.quantize(x))
+        assert (found - x).abs().max() <= point.scale
+
+
+def test_two_readers_of_a_tensor_share_its_bytes():
+    point, x = byte_point(), torch.linspace(-1, 1, 9)
+    assert point.quantize(x) is point.quantize(x)
+    assert point.quantize(x.clone()) is not point.quantize(x)
+    q = point.quantize(x)
+    point.set_range(-2.0, 2.0)
+    point.freeze(True)
+    assert not torch.equal(point.quantize(x), q)
+
+
+class TwoReaders(nn.Module):
+    """Two layers that read one tensor of the network's own, which is written to after the first has read it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.frozen = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), []
+
+    def forward(self, x):
+        x = F.avg_pool2d(x, 2)
+        first = self.a(x) * 1
+        x *= -0.5
+        return torch.cat([first, self.b(x) * 1], 1)
+
+
+@torch.no_grad()
+def test_a_network_that_writes_to_what_a_layer_has_read_is_simulated_as_it_is_converted():
+    x = images(12, 14)
+    expected, (simulated, _) = TwoReaders()(x), prepared(TwoReaders().eval(), x)
+    converted = copy.deepcopy(simulated)
+    quantize.convert(converted)
+    for network in (simulated, converted):
+        assert (network(x) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 # ---- networks -------------------------------------------------------------------------------------------------------
 
 
@@ -383,3 +440,40 @@ def test_activations_stay_bytes_from_layer_to_layer(backbone, monkeypatch):
         monkeypatch.setattr(owner, name, counted)
     model(images(64, 64))
     assert seen == {"to_bytes": 1, "dequantize": 0}
+
+
+@torch.no_grad()
+def test_copies_of_a_network_compute_the_same_and_share_nothing():
+    x = images(33, 46)
+    simulated, _ = prepared(mixed(), x)
+    converted = copy.deepcopy(simulated)
+    quantize.convert(converted)
+    for network in (simulated, converted):
+        expected, other = network(x), copy.deepcopy(network)
+        assert torch.equal(other(x), expected)
+        shared = {id(p) for p in network.modules()} & {id(p) for p in other.modules()}
+        assert not shared
+        points = set(other.points)
+        assert {p for layer in quant_layers(other).values() for p in layer.points if p is not None} == points
+        for point in points:
+            point.scale *= 3
+            point.freeze(point.int8)
+        assert torch.equal(network(x), expected)
+        assert not torch.equal(other(x), expected)
+    pickle.loads(pickle.dumps(converted.points[0]))  # as a process of its own is given it
+
+
+def test_what_watches_a_network_is_gone_afterwards():
+    x = images(33, 46)
+    model, _ = prepared(mixed(), x)
+    seen = []
+
+    def fail(layer, compute, *args):
+        seen.append(layer)
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), int8.watched(quant_layers(model).values(), None, fail):
+        model(x)
+    assert len(seen) == 1
+    assert not any("compute" in vars(layer) or layer._forward_pre_hooks for layer in quant_layers(model).values())
+    assert int8.Lazy.log is None

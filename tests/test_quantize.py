@@ -4,7 +4,10 @@ import copy
 import csv
 import json
 import math
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,16 +76,105 @@ def test_entropy_cuts_off_what_is_far_out_and_keeps_the_bulk():
     assert 2.5 < high < 15
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", quantize.OBSERVERS)
+def test_observers_refuse_what_is_not_finite(method, wrong):
+    with pytest.raises(ModelError, match="not finite"):
+        observe(method, torch.tensor([0.0, 1.0]), torch.tensor([wrong, 1.0]))
+
+
 @pytest.mark.parametrize("method", quantize.OBSERVERS)
 def test_observers_of_nothing_and_of_zeros(method):
     with pytest.raises(ModelError, match="saw no values"):
         observe(method)
-    with pytest.raises(ModelError, match="not finite"):
-        Observer("minmax").see(torch.tensor([math.nan, 1.0])) or observe("minmax", torch.tensor([math.inf]))
     low, high = observe(method, torch.zeros(10))
     scale, zero_point = choose_qparams(low, high)
     assert math.isfinite(scale)
     assert dequantize(quantize.quantize(torch.zeros(1), scale, zero_point), scale, zero_point) == 0
+
+
+# ---- calibration ----------------------------------------------------------------------------------------------------
+
+
+class Sevens(nn.Module):
+    """Two layers, of which the second reads NaN where the image has a 7."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.frozen = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), []
+
+    def forward(self, x):
+        return self.last(F.relu(self.first(x)).masked_fill(x[:, :1] == 7, math.nan))
+
+
+@pytest.mark.parametrize("observer", quantize.OBSERVERS)
+@pytest.mark.parametrize(("value", "layer"), [(7.0, "last"), (math.inf, "first")])
+def test_calibration_names_the_layer_and_the_batch_that_is_not_finite(value, layer, observer):
+    model, good, bad = Sevens().eval(), images(8, 9), images(8, 9)
+    bad[0, 0, 0, 0] = value
+    quantize.prepare(model, good)
+    with pytest.raises(ModelError, match=rf"not finite: the input of {layer}, batch 2$"):
+        quantize.calibrate(model, [good, bad], observer=observer)
+    quantize.calibrate(model, [good], observer=observer)  # nothing is left behind
+    assert model(good).isfinite().all()
+
+
+def test_an_addend_that_is_not_finite_is_named():
+    model, x = Row(nn.Conv2d(3, 3, 1)), images(8, 9)
+    model.other = nn.Conv2d(3, 3, 1)
+    model.forward = lambda x: model.layers(x) + model.other(x)
+    quantize.prepare(model, x)
+    with torch.no_grad():
+        model.layers[0].bias[1] = math.nan
+    with pytest.raises(ModelError, match=r"not finite: what is added to the output of other, batch 1$"):
+        quantize.calibrate(model, [x])
+
+
+@pytest.mark.parametrize("steps", ["learned", "frozen"])
+def test_what_is_prepared_under_inference_mode_can_be_trained_and_converted_anywhere(steps):
+    model, x = make(backbone="resnet18", head="fcn"), images(64, 64)
+    expected, _ = prepared(model, x)
+    quantize.convert(expected)
+    with torch.inference_mode():
+        quantize.prepare(model, x)
+        quantize.calibrate(model, [x])
+        converted = copy.deepcopy(model)
+        quantize.convert(converted)
+        assert torch.equal(converted(x), expected(x))
+    with torch.no_grad():
+        assert torch.equal(converted(x), expected(x))
+        assert torch.equal(copy.deepcopy(converted)(x), expected(x))
+    with torch.inference_mode():
+        inner = copy.deepcopy(model)
+    quantize.calibrate(inner, [2 * x])
+    assert inner(x).isfinite().all()
+    if steps == "learned":
+        quantize.learn_steps(model)
+    for point in model.points:
+        point.momentum = 0.0 if steps == "learned" else 0.05
+    model.train()(images(64, 64, count=2)).square().mean().backward()
+    assert all(layer.values.grad.isfinite().all() for layer in quant_layers(model).values())
+
+
+@torch.no_grad()
+def test_helpers_under_inference_mode_do_what_they_do_outside():
+    found = []
+    for inference in (False, True):
+        model, x = make(backbone="resnet18", head="fcn"), images(64, 64)
+        with torch.inference_mode(inference):
+            done = quantize.prepare(model, x)
+            quantize.calibrate(model, [x])
+            quantize.correct_bias(model, [x])
+            torch.manual_seed(0)
+            quantize.adaround(model, [x], steps=3)
+            quantize.convert(model)
+            ranges = quantize.observe_outputs(model, [x])
+            quantize.make_dynamic(model, done.wiring)
+        found.append((ranges, model.state_dict(), model(x)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][key], found[1][1][key]) for key in found[0][1])
+    assert torch.equal(found[0][2], found[1][2])
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -151,6 +243,27 @@ def test_each_method_leaves_a_checkpoint_that_computes_what_was_scored(method, f
         assert done["quantized_macs_percent"] > 50
     again = evaluate.main(["--weights", str(tmp_path / method / "best.pt"), "--dry-run", "--out", str(tmp_path / "e")])
     assert again["miou"] == pytest.approx(done["miou"], abs=1e-9)
+
+
+def test_a_checkpoint_whose_wiring_is_called_by_its_older_name_still_loads(float_checkpoint, tmp_path):
+    run(float_checkpoint(backbone="resnet18", head="fcn"), tmp_path / "q", "--method", "ptq")
+    path = tmp_path / "q" / "best.pt"
+    expected, checkpoint = load_checkpoint(path)
+    entry = checkpoint["compression"][-1]
+    entry["plan"] = entry.pop("wiring")
+    torch.save(checkpoint, path)
+    found, again = load_checkpoint(path)
+    with torch.no_grad():
+        assert torch.equal(found(images(40, 56)), expected(images(40, 56)))
+    assert again["compression"][-1]["wiring"] == entry["plan"]
+
+
+def test_run_as_a_script_it_knows_the_layers_of_what_it_loads_as_its_own(float_checkpoint, tmp_path):
+    script, weights = Path(quantize.__file__), str(float_checkpoint(backbone="resnet18", head="fcn"))
+    flags = ["--weights", weights, "--out", str(tmp_path / "q"), "--method", "ptq", "--dry-run", *TINY]
+    done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "q" / "results.json").read_text())["int8_layers"] > 20
 
 
 def test_energy_is_reported_where_the_machine_has_a_meter(float_checkpoint, tmp_path, monkeypatch, capsys):
