@@ -217,7 +217,7 @@ class OnnxPoint(Point):
     """A point of a network in export: bytes are made by QuantizeLinear and read by DequantizeLinear."""
 
     def gives_bytes(self, x):
-        return False  # to nobody who would make them himself
+        return False  # the operators make them, nobody else
 
     def quantize(self, x):
         return _operator_of_onnx("QuantizeLinear", x.float(), self.scale, self.zero_point, dtype=torch.uint8)

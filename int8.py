@@ -26,6 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
+def no_grad(function):
+    """Decorator: torch.no_grad(), and out of torch.inference_mode(), whose tensors nothing can be trained on later."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
+
+
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 UINT8 = (0, 255)
@@ -160,7 +166,7 @@ class Point(nn.Module):
     def learned_scale(self):
         return self.scale if self.theta is None else self.scale * self.theta.exp()
 
-    @torch.no_grad()
+    @no_grad
     def freeze(self, int8):
         """Take the scale as it is for good; int8: quantize() gives bytes from now on, where there are kernels."""
         self.scale = self.learned_scale()
@@ -621,7 +627,7 @@ class QuantLayer(nn.Module):
             q = unpack4(q, scale.numel() * size).view(*scale.shape[:2], size)
         return self.ungroup(q.float() * scale)
 
-    @torch.no_grad()
+    @no_grad
     def convert(self):
         """Quantized weights for float ones."""
         if self.theta is not None:
@@ -992,7 +998,7 @@ class Reads:
         return {layer for layer, alone in layers.items() if alone}
 
 
-@torch.no_grad()
+@no_grad
 def trace_reads(model, images, layers):
     """Run a network whose `layers` {name: QuantLayer} are in float -> {name: see connect()}, and {name: multiply-
     accumulates an image}."""

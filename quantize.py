@@ -55,12 +55,6 @@ from models import ModelError, fold_batchnorm, fold_layer_scale
 
 MOMENTUM = 0.05  # of the ranges that QAT observes
 
-
-def no_grad(function):
-    """Decorator: torch.no_grad(), and out of torch.inference_mode(), whose tensors nothing can be trained on later."""
-    return torch.inference_mode(False)(torch.no_grad()(function))
-
-
 # ---- observers ------------------------------------------------------------------------------------------------------
 
 BINS = 2048
@@ -174,7 +168,7 @@ OBSERVERS = ("minmax", "average", *RANGES)
 # ---- prepare, calibrate, convert ------------------------------------------------------------------------------------
 
 
-@no_grad
+@int8.no_grad
 def prepare(model, images, *, activations=True, skip=(), **options):
     """Replace, in place, each convolution and Linear that the network calls by its QuantLayer, and find their points.
 
@@ -218,7 +212,7 @@ class Prepared(NamedTuple):
     macs: dict
 
 
-@no_grad
+@int8.no_grad
 def simplify(model):
     """Fold BatchNorm and layer scales, drop dropout, in place -> names of what went; norms that stay do not learn."""
     before = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
@@ -236,12 +230,10 @@ def remove(model, names):
     model.frozen = [*model.frozen, *(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))]
 
 
-@no_grad
+@int8.no_grad
 def calibrate(model, batches, *, observer="minmax"):
-    """Run a prepared network in float on batches of images and set each point by what its observer saw.
-
-    ModelError names the layer and the batch (from 1) where a value is not finite.
-    """
+    """Run a prepared network in float on batches of images and set each point by what its observer saw. ModelError
+    names the layer and the batch, from 1, of a value that is not finite."""
     observers, number = {point: Observer(observer) for point in model.points}, 0
     layers = {layer: name for name, layer in quant_layers(model).items() if layer.points[0] is not None}
 
@@ -266,14 +258,14 @@ def calibrate(model, batches, *, observer="minmax"):
     set_mode(model, "fake")
 
 
-@no_grad
+@int8.no_grad
 def make_dynamic(model, wiring):
     """Give a prepared network points that take the ranges of activations at run time. wiring: that of prepare()."""
     int8.connect(model, wiring, int8.DynamicPoint)
     set_mode(model, "fake")
 
 
-@no_grad
+@int8.no_grad
 def learn_steps(model):
     """Make the scales of weights and activations trainable, by a factor each (LSQ, Esser et al. 2020; here its
     logarithm, so that a step of any optimizer changes a small scale by as many percent as a large one)."""
@@ -283,12 +275,10 @@ def learn_steps(model):
         point.theta = nn.Parameter(torch.zeros_like(point.scale))
 
 
-@no_grad
+@int8.no_grad
 def convert(model, *, attention_dtype=None):
     """Turn a calibrated network, in place, into one that holds int8 weights and, where there are kernels, runs them.
-
-    attention_dtype: torch.bfloat16 to compute attention in that.
-    """
+    attention_dtype: torch.bfloat16 to compute attention in that."""
     for layer in quant_layers(model).values():
         layer.convert()
     int8.execute(model, int8=kernels(), attention_dtype=attention_dtype)
@@ -353,11 +343,10 @@ def restore(model, entry):
     set_mode(model, "fake")
     model.output_ranges = entry.get("outputs", {})
     if entry["state"] == "int8":
-        attention_dtype = torch.bfloat16 if entry["attention"] == "bf16" else None
-        int8.execute(model, int8=kernels(), attention_dtype=attention_dtype)
+        int8.execute(model, int8=kernels(), attention_dtype=torch.bfloat16 if entry["attention"] == "bf16" else None)
 
 
-@no_grad
+@int8.no_grad
 def observe_outputs(model, batches):
     """Find the range of what each convolution of a converted network puts out, ReLU included, addends not -> {name:
     [low, high]}, also the network's `output_ranges`.
@@ -452,7 +441,7 @@ def smooth(model, batches, *, alphas=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8)):
     return chosen
 
 
-@no_grad
+@int8.no_grad
 def correct_bias(model, batches):
     """Add to each layer's bias what quantization takes from the mean of its outputs (Nagel et al. 2019, section 4.2).
 
@@ -595,7 +584,7 @@ def balance(first, second):
     return torch.maximum(s, 1 / s).max().item()
 
 
-@no_grad
+@int8.no_grad
 def adaround(model, batches, *, steps, places=2048):
     """AdaRound (Nagel et al. 2020, sections 3 and 4): learn which weights of a simulated network to round up or down.
 
