@@ -51,7 +51,10 @@ from torch import nn
 from tqdm import tqdm
 
 import evaluate
+import export_onnx
 from datasets import DATASETS, DataError, eval_loader, positive_int
+from evaluate import ROOT
+from int8 import is_quantized, simulated, watched
 from models import (
     BACKBONES,
     HEADS,
@@ -63,12 +66,11 @@ from models import (
     fold_batchnorm,
     load_checkpoint,
     model_name,
-    quantization,
     read_checkpoint,
+    replacing,
 )
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-ROOT = "checkpoints"  # where --weights without a value looks
 WARM_UP = 10  # calls of each network before any is timed
 BURST = 5  # timed calls of a network in its turn
 PAUSE = 0.05  # seconds before a turn: the thread pools of the network before it stop spinning
@@ -103,14 +105,14 @@ def load_network(weights, build):
     return build_model(**build).eval(), None
 
 
-def prepare(model, device, dtype):
+def for_inference(model, device, dtype):
     """The network as it is timed and scored: eval mode, BatchNorm folded, channels_last, weights cast to `dtype`.
 
     Changed in place. channels_last is what convolutions run fastest in, and transformers do not mind. Casting is faster
     than autocast, which casts the weights again in every call. A BatchNorm that could not be folded keeps float32
     statistics, which bfloat16 would round. A quantized network has been folded when it was quantized.
     """
-    if not quantization(model):
+    if not is_quantized(model):
         fold_batchnorm(model.eval())
     model = model.to(device, dtype, memory_format=torch.channels_last)
     for module in model.modules():
@@ -127,7 +129,7 @@ def make_images(shape, device="cpu", dtype=torch.float32):
 
 # ---- backends -------------------------------------------------------------------------------------------------------
 # make(model, images, dtype, threads, path) -> a callable without arguments that returns the logits once they are there.
-# model: from prepare(). images: float32. path: the network as ONNX, for these images.
+# model: from for_inference(). images: float32. path: the network as ONNX, for these images.
 
 
 def torch_runner(model, images, dtype, threads=None, path=None):
@@ -144,7 +146,7 @@ def torch_runner(model, images, dtype, threads=None, path=None):
 
 
 def compile_runner(model, images, dtype, threads=None, path=None):
-    if quantization(model):
+    if is_quantized(model):
         raise ModelError("torch.compile does not take the lazy tensors of a quantized network")
     # Networks share the code of forward(), and the ninth version of one piece of code would silently stay uncompiled.
     torch._dynamo.config.recompile_limit = 256
@@ -185,17 +187,6 @@ def open_openvino(path, threads, bf16):
     }
     network = openvino.Core().compile_model(path, "CPU", config)
     return lambda images: network([images], share_inputs=True, share_outputs=True)[0]
-
-
-def export_onnx(model, images, path):
-    """Write the network as an ONNX file for images of this one shape, weights inside."""
-    options, quantizer = {}, quantization(model)
-    if quantizer:
-        options, model = dict(opset_version=quantizer.onnx_opset(model)), quantizer.onnx_form(model)
-    program = torch.onnx.export(model, (images,), dynamo=True, verbose=False, **options)
-    if quantizer:
-        quantizer.pack_onnx(program.model, model)
-    program.save(path, external_data=False)
 
 
 class Backend(NamedTuple):
@@ -288,14 +279,11 @@ def profile(model, images, *, runs, clock=time.perf_counter):
         if stack:
             stack[-1][1] += total
 
-    def timed(layer, compute):
-        def run(*args):
-            enter(layer, args)
-            y = compute(*args)
-            close(layer)
-            return y
-
-        return run
+    def timed(layer, compute, *args):
+        enter(layer, args)
+        y = compute(*args)
+        close(layer)
+        return y
 
     late = [module for module in names if hasattr(module, "compute")]
     plain, hooked = [], []
@@ -304,15 +292,12 @@ def profile(model, images, *, runs, clock=time.perf_counter):
         for seconds, hooks in ((plain, ()), (hooked, names)):
             handles = [m.register_forward_pre_hook(enter) for m in hooks]
             handles += [m.register_forward_hook(leave) for m in hooks]
-            for layer in late if hooks else ():
-                layer.compute = timed(layer, layer.compute)
-            start = clock()
-            run()
-            seconds.append(clock() - start)
+            with watched(late if hooks else (), in_compute=timed):
+                start = clock()
+                run()
+                seconds.append(clock() - start)
             for handle in handles:
                 handle.remove()
-            for layer in late if hooks else ():
-                del layer.compute
 
     def line(modules):
         ms = 1000 * sum(own[m] for m in modules) / runs
@@ -349,7 +334,7 @@ def fresh_run(weights, build, backend, device, dtype, shape, threads, calls=3):
     with torch.device("meta"):
         build_model(**build)  # imports what this network needs, so that it counts as imported
     before = None if device.type == "cuda" else status_mb("VmRSS")
-    model = prepare(load_network(weights, build)[0], device, dtype)
+    model = for_inference(load_network(weights, build)[0], device, dtype)
     run = BACKENDS[backend].make(model, make_images(shape, device), dtype)
     for _ in range(calls):
         run()
@@ -457,8 +442,7 @@ class Subject(NamedTuple):
 def open_subject(weights, build, *, size, batch, dry_run, dtype="float32"):
     """Load one network, find its data, count it -> Subject, the network still in float32."""
     model, checkpoint = load_network(weights, build)
-    quantizer = quantization(model)
-    if quantizer and dtype != "float32":
+    if is_quantized(model) and dtype != "float32":
         raise ModelError(f"{weights} is quantized: it computes in int8 and float32, not in --dtype {dtype}")
     dataset, reasons = None, {}
     if checkpoint is None:
@@ -467,8 +451,7 @@ def open_subject(weights, build, *, size, batch, dry_run, dtype="float32"):
     else:
         trained_size, state = checkpoint["data"]["size"], checkpoint
         try:
-            wanted = dict(dataset=None, data_root=None, size=None, split="val", dry_run=dry_run, weights=weights)
-            dataset = evaluate.open_scored(checkpoint, argparse.Namespace(**wanted))
+            dataset = evaluate.open_scored(checkpoint, weights=weights, length=2 if dry_run else None)
             trained_size = trained_size or dataset.raw(0)[0].shape[-2:]
         except DataError as error:
             reasons["miou"] = str(error)
@@ -478,7 +461,7 @@ def open_subject(weights, build, *, size, batch, dry_run, dtype="float32"):
     if not size:
         raise ModelError(f"{weights}: how large are its images? Its data are not here to tell; give --size H W")
     shape = (batch, 3, *map(int, size))
-    with quantizer.simulated(model) if quantizer else contextlib.nullcontext():  # its int8 kernels count as nothing
+    with simulated(model) if is_quantized(model) else contextlib.nullcontext():  # its int8 kernels count as nothing
         macs = evaluate.count_macs(model, make_images(shape))
     about = {
         "weights": weights,
@@ -512,10 +495,10 @@ def open_rows(subject, backends, *, device, dtype, threads, folder):
     if any(BACKENDS[name].open_file for name in backends):
         path = str(Path(folder) / f"{len(os.listdir(folder))}.onnx")
         try:
-            export_onnx(subject.model, images, path)
+            export_onnx.export(subject.model, path, size=subject.shape[2:], batch=subject.shape[0])
         except Exception as error:  # whatever the exporter meets in a network
-            export_error = first_line(error)
-    model = prepare(subject.model, device, DTYPES[dtype])
+            export_error = export_onnx.first_words(error)
+    model = for_inference(subject.model, device, DTYPES[dtype])
     rows = []
     for name in backends:
         row = subject.about | {"backend": name, "device": device.type, "dtype": dtype, "threads": threads}
@@ -527,19 +510,14 @@ def open_rows(subject, backends, *, device, dtype, threads, folder):
                     raise ModelError(f"export to ONNX failed: {export_error}")
                 row["onnx_mb"] = os.path.getsize(path) / 2**20
             run = BACKENDS[name].make(model, images.to(device), DTYPES[dtype], threads, path)
-            row |= compare(run().float().cpu(), expected)
+            row |= deviation(run().float().cpu(), expected)
         except Exception as error:  # one network that one backend cannot run must not lose the others' rows
-            run, row["reasons"]["latency_ms"] = None, first_line(error)
+            run, row["reasons"]["latency_ms"] = None, export_onnx.first_words(error)
         rows.append((row, run, path))
     return rows
 
 
-def first_line(error):
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
-
-
-def compare(logits, expected):
+def deviation(logits, expected):
     """How far logits are from PyTorch's in float32, and how many percent of the pixels get the same class."""
     same = (logits.max(1).indices == expected.max(1).indices).double().mean()
     return {"agreement": 100 * same.item(), "max_difference": (logits - expected).abs().max().item()}
@@ -675,13 +653,6 @@ def pareto(rows, cost="latency_ms", gain="miou"):
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
-
-
-def write_text(path, text):
-    """Write a text file whole or not at all."""
-    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def csv_text(rows):
@@ -901,8 +872,9 @@ def write(rows, out):
     out.mkdir(parents=True, exist_ok=True)
     name_rows(rows)
     evaluate.write_json(out / "benchmark.json", rows)
-    write_text(out / "benchmark.csv", csv_text(rows))
-    write_text(out / "benchmark.md", markdown_text(rows))
+    for kind, text in (("csv", csv_text(rows)), ("md", markdown_text(rows))):
+        with replacing(out / f"benchmark.{kind}") as temporary:
+            temporary.write_text(text)
     draw(rows, out / "benchmark.png")
 
 
@@ -946,7 +918,7 @@ def make_parser():
     add("--miou", action=yes_no, default=True, help="score each checkpoint on its own val split")
     add("--profile", action="store_true", help="time by layer type and the ten slowest layers, on backend torch")
     add("--figures-from", nargs="+", metavar="JSON", help="measure nothing: join these benchmark.json and draw them")
-    add("--out", default=ROOT, help="folder to write to")
+    add("--out", help=f"folder to write to; left out: {ROOT}")
     add("--dry-run", action="store_true", help="two timed calls, two images")
     return parser
 
@@ -967,12 +939,10 @@ def wanted_networks(args):
 def main(argv=None):
     """Run the command line; returns the rows that benchmark.json holds."""
     args = make_parser().parse_args(argv)
-    out = Path(args.out)
+    out = evaluate.out_folder(args.out, "benchmark" if args.dry_run else "", dry_run=args.dry_run)
     if args.figures_from:
         rows = merge(args.figures_from)
     else:
-        if args.dry_run and args.out == ROOT:  # two calls must not replace a measurement
-            out = Path(ROOT) / "dry-run" / "benchmark"
         device = evaluate.pick_device(args.device)
         for backend in args.backend:
             check_backend(backend, args.dtype, device)

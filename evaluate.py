@@ -428,15 +428,11 @@ def evaluate(
 def count_macs(model, images):
     """Multiply-accumulates of one of the images: those of the logits, without their resizing to its size. Attention is
     counted as the matrix products that it consists of."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: int_mm_flop})
+    counter = FlopCounterMode(display=False)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
         logits = model.decode(model.encode(images[:1])) if hasattr(model, "decode") else model(images[:1])
         logits.float()  # a quantized network computes its last layer only when it is read
     return counter.get_total_flops() // 2
-
-
-def int_mm_flop(a_shape, b_shape, *_args, **_kwargs):
-    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
 
 
 def milliseconds(functions, repeats):
@@ -964,7 +960,7 @@ def make_parser():
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--amp", choices=("auto", "off", "bf16"), default="off", help="mixed precision; off is float32")
     add("--threads", type=positive_int, help="CPU threads; left out: PyTorch's choice")
-    add("--out", default="checkpoints/evaluate", help="folder to write to")
+    add("--out", help="folder to write to; left out: checkpoints/evaluate")
     add("--dry-run", action="store_true", help="two images only")
     return parser
 
@@ -1009,20 +1005,24 @@ def predict_images(model, info, files, out, *, device, size=None, fit=None, crf=
     return written
 
 
-def open_scored(checkpoint, args):
-    """The data set that the arguments, or else the checkpoint, name. DataError if its classes are not the network's."""
+def open_scored(
+    checkpoint, *, weights, dataset=None, data_root=None, size=None, split="val", length=None, options=None
+):
+    """The data set that is named, or else the checkpoint's, with what else is not given as it was in training.
+
+    weights: the checkpoint's path, for messages. length: only that many images. options: see datasets.open_dataset().
+    DataError if its classes are not the network's.
+    """
     trained = DataInfo.from_dict(checkpoint["data"])
-    name = args.dataset or trained.name
-    root = args.data_root or (checkpoint["args"].get("data_root") if name == trained.name else None)
-    options = (trained.options if name == trained.name else {}) | option_values(args)  # split rule, void: as trained
-    length = 2 if args.dry_run else None
-    size = args.size or trained.size
-    dataset = open_dataset(name, args.split, root=root, size=size, length=length, options=options)
+    name = dataset or trained.name
+    root = data_root or (checkpoint["args"].get("data_root") if name == trained.name else None)
+    options = (trained.options if name == trained.name else {}) | (options or {})  # split rule, void: as trained
+    dataset = open_dataset(name, split, root=root, size=size or trained.size, length=length, options=options)
     ours, theirs = tuple(trained.classes), tuple(dataset.info.classes)
     if ours != theirs:
         odd = sorted(set(ours) ^ set(theirs))
         raise DataError(
-            f"{args.weights} was trained on {trained.name} with {len(ours)} classes, but {name} has {len(theirs)}; "
+            f"{weights} was trained on {trained.name} with {len(ours)} classes, but {name} has {len(theirs)}; "
             + (f"only one of them has {', '.join(odd[:5])}" if odd else "their order differs")
         )
     return dataset
@@ -1091,7 +1091,7 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     files = open_images(args.images) if args.images else None
     model, checkpoint = load_checkpoint(args.weights, device=device)
-    out = Path(args.out)
+    out = out_folder(args.out, "evaluate", dry_run=args.dry_run)
     options = {
         "scales": tuple(scales),
         "flip": args.tta if args.flip is None else args.flip,
@@ -1109,7 +1109,10 @@ def main(argv=None):
         extra["written"] = predict_images(model, info, files, out, device=device, crf=crf, **sizes, **options)
         split = None
     else:
-        dataset = open_scored(checkpoint, args)
+        dataset = open_scored(
+            checkpoint, weights=args.weights, dataset=args.dataset, data_root=args.data_root, size=args.size,
+            split=args.split, length=2 if args.dry_run else None, options=option_values(args),
+        )  # fmt: skip
         loading = {"batch_size": args.batch_size, "workers": args.workers}
         metrics = score(model, dataset, device=device, out=out, boundary=args.boundary, crf=crf, **loading, **options)
         print_classes(metrics, dataset.info.classes)

@@ -19,9 +19,11 @@ there before stays until then. Numbers go to FILE.json.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import logging
+import math
 import os
 import shlex
 import sys
@@ -40,7 +42,20 @@ from torchvision.transforms.v2 import functional as TF
 import datasets
 import evaluate
 from datasets import DataError, DataInfo, positive_int
-from models import ModelError, compression_summary, load_checkpoint, model_name, quantization
+from int8 import (
+    ACTIVATIONS,
+    UINT8,
+    DynamicPoint,
+    Point,
+    Post,
+    QuantLayer,
+    QuantLinear,
+    is_quantized,
+    quant_layers,
+    read,
+    unpack4,
+)
+from models import ModelError, compression_summary, load_checkpoint, model_name, one_line
 
 OPSET = 18  # the oldest that PyTorch's exporter writes, so the most widely read
 OUTPUTS = ("logits", "mask")
@@ -83,13 +98,16 @@ def class_ids(logits):
     return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 255 else torch.int16)
 
 
-def export(model, path, *, size=None, opset=None, raw_input=False, output="logits", metadata=None, external_data=False):
+def export(
+    model, path, *, size=None, batch=None, opset=None, raw_input=False, output="logits", metadata=None,
+    external_data=False,
+):  # fmt: skip
     """Write `model`, which it puts into eval mode, to `path` as ONNX -> opset. Nothing is checked here: see check().
 
-    size: (H, W), or None for any. opset: None for the oldest that will do. raw_input, output: see the top of this
-    file; raw_input normalises with the "mean" and "std" of metadata. metadata: {name: text, or what JSON can hold}.
-    external_data: weights in a file of their own, PATH.data, as they are in any case beyond 2 GB. Raises ModelError
-    where the network or the opset cannot be exported.
+    size: (H, W), or None for any. batch: images at once, or None for any. opset: None for the oldest that will do.
+    raw_input, output: see the top of this file; raw_input normalises with the "mean" and "std" of metadata. metadata:
+    {name: text, or what JSON can hold}. external_data: weights in a file of their own, PATH.data, as they are in any
+    case beyond 2 GB. Raises ModelError where the network or the opset cannot be exported.
     """
     import onnx
     import onnx_ir
@@ -98,8 +116,7 @@ def export(model, path, *, size=None, opset=None, raw_input=False, output="logit
     if output not in OUTPUTS:
         raise ModelError(f"output {output!r} is not known: choose one of {', '.join(OUTPUTS)}")
     name, metadata, newest = model_name(model.build), metadata or {}, onnx.defs.onnx_opset_version()
-    quantizer = quantization(model)
-    oldest = max(OPSET, quantizer.onnx_opset(model)) if quantizer else OPSET
+    oldest = oldest_opset(model)
     opset = opset or oldest
     if not OPSET <= opset <= newest:
         raise ModelError(f"--opset {opset}: PyTorch's exporter writes {OPSET} and newer, up to {newest} of onnx here")
@@ -111,13 +128,13 @@ def export(model, path, *, size=None, opset=None, raw_input=False, output="logit
         if part in FIXED_SIZE and not size:
             raise ModelError(f"{name} needs --size H W: {FIXED_SIZE[part]}")
     mean, std = metadata.get("mean", DataInfo.mean), metadata.get("std", DataInfo.std)
-    model = quantizer.onnx_form(model) if quantizer else model
+    model = onnx_form(model) if is_quantized(model) else model
     graph = Graph(model, raw_input=raw_input, output=output, mean=mean, std=std).eval()
     # The exporter takes what is equal in the example for equal always, and 1 for always 1. So: two images, and a height
     # and a width that differ, fit no stride, and give even the coarsest map more rows than an attention window has.
-    h, w = size or (9 * model.stride + 3, 11 * model.stride + 5)
-    example = torch.zeros(2, h, w, 3, dtype=torch.uint8) if raw_input else torch.zeros(2, 3, h, w)
-    free = {0: "batch"}
+    n, (h, w) = batch or 2, size or (9 * model.stride + 3, 11 * model.stride + 5)
+    example = torch.zeros(n, h, w, 3, dtype=torch.uint8) if raw_input else torch.zeros(n, 3, h, w)
+    free = {} if batch else {0: "batch"}
     if not size:
         free |= {1: "height", 2: "width"} if raw_input else {2: "height", 3: "width"}
     with torch.no_grad():
@@ -125,7 +142,7 @@ def export(model, path, *, size=None, opset=None, raw_input=False, output="logit
     try:
         with quiet(), eager_attention(model):
             program = torch.onnx.export(
-                graph, (example,), dynamo=True, dynamic_shapes=(free,), opset_version=opset,
+                graph, (example,), dynamo=True, dynamic_shapes=(free,) if free else None, opset_version=opset,
                 input_names=["images"], output_names=[output], verbose=False,
             )  # fmt: skip
     except Exception as error:  # whatever the network or the conversion to another opset leads to
@@ -137,9 +154,9 @@ def export(model, path, *, size=None, opset=None, raw_input=False, output="logit
         raise ModelError(f"{name} cannot be converted to --opset {opset}: the exporter stays at {written}")
     (logits,) = program.model.graph.outputs
     if not size:  # the exporter names them by how they come about: Min(height, 32 * ...)
-        logits.shape = onnx_ir.Shape(["batch", *logits.shape[1:-2], "height", "width"])
-    if quantizer:
-        quantizer.pack_onnx(program.model, model)
+        logits.shape = onnx_ir.Shape([batch or "batch", *logits.shape[1:-2], "height", "width"])
+    if is_quantized(model):
+        pack_weights(program.model, model)
     ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine, and a lot of them
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     program.model.metadata_props.update(texts)
@@ -185,6 +202,134 @@ def describe(checkpoint):
         "pretrained": checkpoint["pretrained"],
         "compression": compression_summary(checkpoint["compression"]),
     }
+
+
+# ---- quantized networks ---------------------------------------------------------------------------------------------
+
+
+def _operator_of_onnx(name, x, *others, dtype, **attributes):
+    """An operator of ONNX as torch.export takes it into the graph, with an output like x, of `dtype`."""
+    version = 21 if "block_size" in attributes else 18
+    return torch.onnx.ops.symbolic(name, [x, *others], attributes, dtype=dtype, shape=x.shape, version=version)
+
+
+class OnnxPoint(Point):
+    """A point of a network in export: bytes are made by QuantizeLinear and read by DequantizeLinear."""
+
+    def gives_bytes(self, x):
+        return False  # the operators make them, nobody else
+
+    def quantize(self, x):
+        return _operator_of_onnx("QuantizeLinear", x.float(), self.scale, self.zero_point, dtype=torch.uint8)
+
+    def dequantize(self, q):
+        if q.is_floating_point():
+            return q
+        return _operator_of_onnx("DequantizeLinear", q, self.scale, self.zero_point, dtype=torch.float32)
+
+    @classmethod
+    def of(cls, point):
+        """Turn a Point into this, with a zero point of the type that the operators want."""
+        point.__class__, point.zero_point = cls, point.zero_point.to(torch.uint8)
+        return point
+
+
+class OnnxLayer(QuantLayer):
+    """A QuantLayer in export, mixed into its class: a weight read by DequantizeLinear, and float operators, of which
+    the runtimes make integer ones where they find them between DequantizeLinear and QuantizeLinear."""
+
+    def check_kernel(self, x):
+        return True
+
+    def lay_out(self, output_range):
+        """Set what dense() reads: a Linear's as the matrix product takes it; and the point of the output, if it has
+        one, from its [low, high]."""
+        outputs, q = self.shape[self.axis], self.weight_q
+        places = {"axis": self.axis}
+        if self.bits == 4 or self.group_size:  # (outputs, inputs)
+            size = self.group_size or math.prod(self.shape) // outputs
+            q = unpack4(q, self.weight_scale.numel() * size) if self.bits == 4 else q
+            q = q.reshape(outputs, -1)[:, : math.prod(self.shape) // outputs]
+            places = {"axis": 1, "block_size": size} if self.group_size else {"axis": 0}
+        scale = self.weight_scale
+        if isinstance(self, QuantLinear):
+            q, places["axis"] = q.t(), 1 - places["axis"]
+            scale = scale.t() if self.group_size else scale
+        self.read_weight = q.contiguous(), scale.contiguous(), places
+        self.output = None
+        if output_range is not None:
+            self.output = Point()
+            self.output.set_range(*output_range)
+            OnnxPoint.of(self.output)
+
+    def dense(self):
+        q, scale, places = self.read_weight
+        weight = _operator_of_onnx("DequantizeLinear", q, scale, dtype=torch.float32, **places)
+        if isinstance(self, QuantLinear):
+            return weight.t()
+        return weight if weight.shape == self.shape else self.ungroup(weight[:, None])
+
+    def run(self, x, post, form):
+        y = self.simulate(self.points[0].dequantize(x))
+        followed = isinstance(form, Point) and absorbed(post, form)  # by a QuantizeLinear
+        if post.clips:
+            y, post = ACTIVATIONS[post.attr](y, *post.args), Post()
+        if self.output is not None and not followed:
+            y = self.output.dequantize(self.output.quantize(y))
+        if post.other is not None:
+            y = y + read(post.other)
+        return read(ACTIVATIONS[post.attr](y, *post.args), form)
+
+
+def absorbed(post, point):
+    """Whether what comes after the product only cuts off what cannot be stored at a point anyway."""
+    if not post.clips:
+        return False
+    scale, zero_point = point.numbers
+    low, high = post.args or (-math.inf if post.attr == "none" else 0.0, math.inf)
+    return low <= -zero_point * scale and (UINT8[1] - zero_point) * scale <= high
+
+
+def onnx_form(model):
+    """A copy of a converted network for torch.onnx.export(), which puts our scales into the file and computes nothing.
+
+    ModelError where there are no weights or no ranges to put there.
+    """
+    layers = quant_layers(model).values()
+    if any(layer.weight_q is None for layer in layers):
+        raise ModelError("it is quantized in simulation, from float weights: best.pt of the same run has int8 ones")
+    if any(isinstance(point, DynamicPoint) for point in model.points):
+        raise ModelError("--method dynamic finds ranges at run time, an ONNX file holds them: take --method ptq")
+    model, ranges = copy.deepcopy(model), getattr(model, "output_ranges", {})
+    for point in model.points:
+        OnnxPoint.of(point)
+    for name, layer in quant_layers(model).items():
+        layer.__class__ = type(f"Onnx{type(layer).__name__}", (OnnxLayer, type(layer)), {})
+        layer.attention_dtype = None
+        layer.lay_out(ranges.get(name))
+    return model
+
+
+def pack_weights(graph_model, model):
+    """Store the weights of an exported onnx_form(), which torch held in int8, with 4 bits where that is all they need.
+
+    graph_model: an onnx_ir.Model.
+    """
+    import onnx_ir
+
+    if not any(layer.bits == 4 for layer in quant_layers(model).values()):
+        return
+    int4 = onnx_ir.DataType.INT4
+    for node in graph_model.graph:
+        weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if weight is not None and weight.const_value is not None and weight.dtype == onnx_ir.DataType.INT8:
+            weight.const_value = onnx_ir.Tensor(weight.const_value.numpy().astype(int4.numpy()), name=weight.name)
+            weight.dtype = int4
+
+
+def oldest_opset(model):
+    """The oldest version of the ONNX operators that will do: 21 brought scales in groups and weights of 4 bits."""
+    return 21 if any(layer.bits == 4 or layer.group_size for layer in quant_layers(model).values()) else OPSET
 
 
 # ---- check ----------------------------------------------------------------------------------------------------------
@@ -244,7 +389,7 @@ def check(path, model, images, *, info, repeats=5):
     except Exception as error:  # both raise many kinds
         raise CheckError(f"the file is not valid ONNX: {first_words(error)}") from error
     normalise, rows, latency = v2.Compose(datasets.to_network(info)), [], {}
-    limits = dict(agreement=QUANTIZED_AGREEMENT, tolerance=QUANTIZED_TOLERANCE) if quantization(model) else {}
+    limits = dict(agreement=QUANTIZED_AGREEMENT, tolerance=QUANTIZED_TOLERANCE) if is_quantized(model) else {}
     for batch in images:
         normal = normalise(tv_tensors.Image(batch))
         fed = batch.permute(0, 2, 3, 1).contiguous() if onnx_network.raw_input else normal
@@ -283,8 +428,8 @@ def compare(found, expected, what, *, agreement=AGREEMENT, tolerance=TOLERANCE):
 
 
 def first_words(error):
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """An exception in one line, with its type."""
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def check_images(dataset, *, size, stride, any_size):
@@ -305,7 +450,10 @@ def check_images(dataset, *, size, stride, any_size):
 def open_images(checkpoint, args):
     """The data set to check on; drawn scenes where that of the checkpoint is no longer there."""
     try:
-        return evaluate.open_scored(checkpoint, args)
+        return evaluate.open_scored(
+            checkpoint, weights=args.weights, dataset=args.dataset, data_root=args.data_root, size=args.size,
+            split=args.split, length=2 if args.dry_run else None,
+        )  # fmt: skip
     except DataError as error:
         if args.dataset or args.data_root:
             raise
@@ -378,7 +526,7 @@ def make_parser():
 def choose_path(args):
     """Where the file goes. ModelError where that is the checkpoint itself, or a folder."""
     weights = Path(args.weights)
-    folder = Path("checkpoints/dry-run") if args.dry_run else weights.parent
+    folder = evaluate.out_folder(None, "", dry_run=True) if args.dry_run else weights.parent
     out = Path(args.out) if args.out else folder / f"{weights.stem}.onnx"
     if out.is_dir() or out.resolve() == weights.resolve():
         raise ModelError(f"--out {out}: {'is a folder' if out.is_dir() else 'is --weights'}; name a file")

@@ -15,7 +15,6 @@ there and build_model(), the command lines, and the tests know it.
 import contextlib
 import datetime
 import functools
-import importlib
 import inspect
 import itertools
 import math
@@ -40,6 +39,11 @@ FORMAT = 1  # version of the checkpoint layout
 
 class ModelError(ValueError):
     """A network, a weights file or a combination of options that cannot be used; the message says what to do."""
+
+
+def no_grad(function):
+    """Decorator: torch.no_grad(), and out of torch.inference_mode(), whose tensors nothing can be trained on later."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 def one_line(error, limit=300):
@@ -1286,11 +1290,6 @@ def parameter_summary(model):
     return "\n".join(lines)
 
 
-def quantization(model):
-    """quantize.py, where the network is one that it has quantized, or None."""
-    return importlib.import_module("quantize") if hasattr(model, "points") else None
-
-
 def compression_summary(steps):
     """The compression steps of a checkpoint by what is short of them."""
     return [{key: step[key] for key in ("step", "method", "bits") if key in step} for step in steps]
@@ -1396,8 +1395,7 @@ def tensors_in(value):
     return [t for v in value for t in tensors_in(v)] if isinstance(value, (list, tuple)) else []
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@no_grad
 def trace(model, images=None, *, run=None):
     """Run a network once, on `images` (N, 3, H, W) or on noise of 64 x 64, and record the run -> Trace.
 
@@ -1430,8 +1428,7 @@ def trace(model, images=None, *, run=None):
 # ---- inference ------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@no_grad
 def fold_batchnorm(model):
     """Fold each BatchNorm2d of a network in eval mode into the convolution before it, in place -> how many were folded.
 
@@ -1459,8 +1456,7 @@ def fold_batchnorm(model):
     return folded
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@no_grad
 def fold_layer_scale(model):
     """Fold each layer scale (Touvron et al. 2021, section 2) into the Linear before it, in place -> names folded.
 

@@ -526,8 +526,7 @@ def tensors_of(model):
     return dict((*model.named_parameters(), *model.named_buffers()))
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@models.no_grad
 def trial(model, groups, gone):
     """None where a network without some units gives what it gives with the weights on them at 0, else what is wrong."""
     zeroed, smaller = copy.deepcopy(model), copy.deepcopy(model)
@@ -593,8 +592,7 @@ def kept_indices(model, groups, gone):
     }
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@models.no_grad
 def shrink(model, keep):
     """Take out of a network, in place, all slices that `keep` of kept_indices() does not name -> {tensor: shape}."""
     plan = {}
@@ -784,7 +782,7 @@ class Residual:
 
 
 def losses_of(group, readers):
-    """The residual error that each unit of a group brings, summed over the layers that read it; inf where it is gone."""
+    """The residual error of each unit of a group, summed over the layers that read it; inf where it is gone."""
     total = torch.zeros(len(group.units), dtype=torch.double)
     for (name, dim), first in group.units[0].items():
         if name in readers and dim == readers[name].dim:
@@ -846,8 +844,8 @@ def choose(groups, costs, amount, *, loss, remove, round_to, floor, per_cost):
         open_ = {i: step for i, step in found.items() if step}
         if not open_:
             raise ModelError(
-                f"--amount {amount}: with every group at its floor {100 * saved / start:.1f}% of the {costs.target} are "
-                "gone; lower --min-channels or --round-to"
+                f"--amount {amount}: with every group at its floor {100 * saved / start:.1f}% of the {costs.target} "
+                "are gone; lower --min-channels or --round-to"
             )
         i = min(open_, key=lambda i: open_[i][0])
         fitting = [j for j, step in open_.items() if saved + step[2] <= goal + 0.01 * start]
@@ -905,8 +903,7 @@ def group_blocks(layer, mean, covariance):
     return blocks
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@models.no_grad
 def readers_of(model, groups, images, *, ridge):
     """{name of a weight: Reader} of all layers that read what may go, from one run on images (N, 3, H, W)."""
     names = {name for group in groups for unit in group.units[:1] for name, dim in unit if is_input(model, name, dim)}
@@ -948,8 +945,7 @@ def refit(weight, mean, covariance, kept, ridge):
     return out.to(weight.dtype), shift.to(weight.dtype)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@models.no_grad
 def compensate(model, keep, images, *, ridge):
     """Refit, in place and front to back in one run on images (N, 3, H, W), each layer to the inputs that it keeps.
 
@@ -993,8 +989,7 @@ def compensate(model, keep, images, *, ridge):
     zero_readers(model, keep)  # those that did not run
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@models.no_grad
 def reestimate_norms(model, images, batch=8):
     """Give each BatchNorm the mean of the statistics of batches of images (N, 3, H, W), in place."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -1052,7 +1047,7 @@ def gradients_of(model, objective, train_set, *, batch_size, seed, device, steps
 
 
 def percentiles(losses, groups):
-    """Each unit's rank, from 0 to 1, among those of all groups that look alike (isomorphic pruning, Fang et al. 2024)."""
+    """Each unit's rank, 0 to 1, among those of all groups that look alike (isomorphic pruning, Fang et al. 2024)."""
     found = [None] * len(groups)
     for kind in {group.kind for group in groups}:
         members = [i for i, group in enumerate(groups) if group.kind == kind]
@@ -1192,8 +1187,8 @@ def time_table(layer, shape, round_to, widths, repeats):
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 PRUNE_DEFAULTS = dict(epochs=2, lr=3e-4, warmup=10)  # in place of train.py's
-FIXED_FLAGS = ("weights", "amount", "structured", "scope", "score", "pattern", "sparsity_schedule", "interval", "importance",
-               "rank", "round_to", "min_channels", "target", "compensate", "ridge", "calib_images", "steps", "renorm",
+FIXED_FLAGS = ("weights", "amount", "structured", "scope", "score", "pattern", "sparsity_schedule", "interval",
+               "importance", "rank", "round_to", "min_channels", "target", "compensate", "ridge", "calib_images", "steps", "renorm",
                "sweep")  # fmt: skip
 FLOAT_ONLY = {"quantize": "is quantized: prune the float checkpoint that it was made from, and quantize that"}
 

@@ -398,7 +398,8 @@ def test_a_checkpoint_opens_its_own_split(tmp_path):
     checkpoint = {"data": trained.info.to_dict(), "args": {"data_root": str(tmp_path)}}
 
     def scored(*argv):
-        return evaluate.open_scored(checkpoint, evaluate.make_parser().parse_args(argv))
+        options = datasets.option_values(evaluate.make_parser().parse_args(argv))
+        return evaluate.open_scored(checkpoint, weights="best.pt", options=options)
 
     data = scored()
     assert data.info.classes == ("obstacle", "water", "sky", "void")

@@ -751,6 +751,15 @@ def test_user_errors_are_one_line_and_exit_2(checkpoint, tmp_path, capsys, argv,
     assert not any("Traceback" in line for line in error)
 
 
+def test_a_dry_run_leaves_the_results_of_a_real_one(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    real = tmp_path / "checkpoints" / "evaluate" / "results.json"
+    evaluate.write_json(real, {"miou": 1.0})
+    run("--weights", checkpoint, "--dry-run", "--no-boundary")
+    assert json.loads(real.read_text()) == {"miou": 1.0}
+    assert (tmp_path / "checkpoints" / "dry-run" / "evaluate" / "results.json").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there(capsys):
     with pytest.raises(SystemExit):

@@ -16,6 +16,7 @@ from torchvision import tv_tensors
 
 import datasets
 import export_onnx
+import int8
 import models
 import quantize
 from evaluate import evaluate, predict
@@ -186,7 +187,7 @@ def quantized(model, method="ptq", **options):
     calibration = [normalised(blocks(2, *size)[0]) for size in ((64, 96), (80, 64))]
     done = quantize.prepare(model, calibration[0], activations=method != "weight-only", **options)
     if method == "dynamic":
-        quantize.make_dynamic(model, done.plan)
+        quantize.make_dynamic(model, done.wiring)
     if method == "ptq":
         quantize.calibrate(model, calibration)
     quantize.convert(model)
@@ -219,15 +220,15 @@ def test_a_quantized_network_runs_in_integers_with_our_scales(kind, tmp_path, re
     model, path = decided(**build), tmp_path / "net.onnx"
     quantized(model)
     assert export(model, path) == export_onnx.OPSET
-    with quantize.simulated(model):
+    with int8.simulated(model):
         check(path, model, [blocks(1, 64, 96)[0], blocks(3, 51, 70)[0]], info=INFO, repeats=1)
-    in_bytes = sum(layer.quantized_params for layer in quantize.quant_layers(model).values())
+    in_bytes = sum(layer.quantized_params for layer in int8.quant_layers(model).values())
     in_floats = models.count_params(model)[0] - in_bytes
     assert path.stat().st_size < in_bytes + 4 * in_floats + 150_000  # of the graph itself
     held = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     known = {v.item() for v in (*(p.scale for p in model.points),)}
     assert {v.item() for name, v in held.items() if "points" in name and name.endswith("scale")} <= known
-    for layer in quantize.quant_layers(model).values():
+    for layer in int8.quant_layers(model).values():
         weight = layer.weight_q.t() if layer.weight_q.dim() == 2 else layer.weight_q
         assert any(
             v.dtype == np.int8 and v.shape == weight.shape and (v == weight.numpy()).all() for v in held.values()
@@ -245,7 +246,7 @@ def test_quantized_weights_alone_are_stored_in_their_bits(options, tmp_path):
     check(path, model, [pixels(2, 3, 40, 56)], info=INFO, repeats=1)  # classes may differ by 1%
     held = onnx.load(path).graph.initializer
     stored = onnx.TensorProto.INT4 if options.get("bits") == 4 else onnx.TensorProto.INT8
-    assert sum(t.data_type == stored for t in held) == len(quantize.quant_layers(model))
+    assert sum(t.data_type == stored for t in held) == len(int8.quant_layers(model))
     assert not [t.name for t in held if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 4]
     if options:
         assert opset == 21

@@ -553,10 +553,13 @@ def test_undilated_features_equal_torchvision(name):
     oracle = torchvision.models.get_model(name).eval()
     model = build(name, "linear").eval()
     x = torch.randn(1, 3, 64, 64)
-    torch.manual_seed(0)
+    ours, theirs = (list(m.state_dict().values()) for m in (model.backbone, oracle))
     with torch.no_grad():
-        for p in (*oracle.parameters(), *model.parameters()):
-            p.fill_(0.01) if p.ndim > 1 else None
+        for copied, tensor in zip(ours, theirs, strict=False):  # theirs go on, with the classifier
+            assert copied.shape == tensor.shape
+            if tensor.is_floating_point() and tensor.dim() == 1:  # norms that are not those of the start
+                tensor.uniform_(0.5, 1.5)
+            copied.copy_(tensor)
     layers = [oracle.layer1, oracle.layer4] if name == "resnet18" else [oracle.features[3], oracle.features[17]]
     seen = []
     for layer in layers:
