@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import no_grad
+
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 UINT8 = (0, 255)

@@ -1188,8 +1188,8 @@ def time_table(layer, shape, round_to, widths, repeats):
 
 PRUNE_DEFAULTS = dict(epochs=2, lr=3e-4, warmup=10)  # in place of train.py's
 FIXED_FLAGS = ("weights", "amount", "structured", "scope", "score", "pattern", "sparsity_schedule", "interval",
-               "importance", "rank", "round_to", "min_channels", "target", "compensate", "ridge", "calib_images", "steps", "renorm",
-               "sweep")  # fmt: skip
+               "importance", "rank", "round_to", "min_channels", "target", "compensate", "ridge", "calib_images",
+               "steps", "renorm", "sweep")  # fmt: skip
 FLOAT_ONLY = {"quantize": "is quantized: prune the float checkpoint that it was made from, and quantize that"}
 
 

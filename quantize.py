@@ -165,7 +165,7 @@ OBSERVERS = ("minmax", "average", *RANGES)
 # ---- prepare, calibrate, convert ------------------------------------------------------------------------------------
 
 
-@int8.no_grad
+@models.no_grad
 def prepare(model, images, *, activations=True, skip=(), **options):
     """Replace, in place, each convolution and Linear that the network calls by its QuantLayer, and find their points.
 
@@ -209,7 +209,7 @@ class Prepared(NamedTuple):
     macs: dict
 
 
-@int8.no_grad
+@models.no_grad
 def simplify(model):
     """Fold BatchNorm and layer scales, drop dropout, in place -> names of what went; norms that stay do not learn."""
     before = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
@@ -227,7 +227,7 @@ def remove(model, names):
     model.frozen = [*model.frozen, *(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))]
 
 
-@int8.no_grad
+@models.no_grad
 def calibrate(model, batches, *, observer="minmax"):
     """Run a prepared network in float on batches of images and set each point by what its observer saw. ModelError
     names the layer and the batch, from 1, of a value that is not finite."""
@@ -255,14 +255,14 @@ def calibrate(model, batches, *, observer="minmax"):
     set_mode(model, "fake")
 
 
-@int8.no_grad
+@models.no_grad
 def make_dynamic(model, wiring):
     """Give a prepared network points that take the ranges of activations at run time. wiring: that of prepare()."""
     int8.connect(model, wiring, int8.DynamicPoint)
     set_mode(model, "fake")
 
 
-@int8.no_grad
+@models.no_grad
 def learn_steps(model):
     """Make the scales of weights and activations trainable, by a factor each (LSQ, Esser et al. 2020; here its
     logarithm, so that a step of any optimizer changes a small scale by as many percent as a large one)."""
@@ -272,7 +272,7 @@ def learn_steps(model):
         point.theta = nn.Parameter(torch.zeros_like(point.scale))
 
 
-@int8.no_grad
+@models.no_grad
 def convert(model, *, attention_dtype=None):
     """Turn a calibrated network, in place, into one that holds int8 weights and, where there are kernels, runs them.
     attention_dtype: torch.bfloat16 to compute attention in that."""
@@ -343,7 +343,7 @@ def restore(model, entry):
         int8.execute(model, int8=kernels(), attention_dtype=torch.bfloat16 if entry["attention"] == "bf16" else None)
 
 
-@int8.no_grad
+@models.no_grad
 def observe_outputs(model, batches):
     """Find the range of what each convolution of a converted network puts out, ReLU included, addends not -> {name:
     [low, high]}, also the network's `output_ranges`.
@@ -371,7 +371,7 @@ def observe_outputs(model, batches):
 # ---- post-training helpers ------------------------------------------------------------------------------------------
 
 
-@int8.no_grad
+@models.no_grad
 def smooth(model, batches, *, alphas=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8)):
     """SmoothQuant (Xiao et al. 2023, section 4): outliers of LayerNorm's channels move into the Linear layers after it.
 
@@ -440,7 +440,7 @@ def smooth_one(norm, linears, x, alphas):
     return alpha
 
 
-@int8.no_grad
+@models.no_grad
 def correct_bias(model, batches):
     """Add to each layer's bias what quantization takes from the mean of its outputs (Nagel et al. 2019, section 4.2).
 
@@ -481,7 +481,7 @@ def replace_relu6(model):
     return clips
 
 
-@int8.no_grad
+@models.no_grad
 def equalize(model, batches, *, rounds=50):
     """Cross-layer equalization (Nagel et al. 2019, section 4.1): convolutions in a row get weights of like ranges.
 
@@ -533,7 +533,7 @@ def balance(first, second):
     return torch.maximum(s, 1 / s).max().item()
 
 
-@int8.no_grad
+@models.no_grad
 def adaround(model, batches, *, steps, places=2048):
     """AdaRound (Nagel et al. 2020, sections 3 and 4): learn which weights of a simulated network to round up or down.
 
