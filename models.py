@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
-FORMAT = 1  # version of the checkpoint layout
+FORMAT = 2  # version of the checkpoint layout; 2 brought tensors that pack_zeros() made
 
 
 class ModelError(ValueError):
@@ -1512,6 +1512,7 @@ def save_checkpoint(
     """
     state_dict = dict(model.state_dict() if state_dict is None else state_dict)
     demand_finite(state_dict.items(), f"{path} was not written")
+    state_dict = {key: pack_zeros(tensor) for key, tensor in state_dict.items()}
     checkpoint = {
         "format": FORMAT,
         "id": uuid.uuid4().hex,
@@ -1531,6 +1532,30 @@ def save_checkpoint(
         checkpoint["training"] = training
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(checkpoint, file)
+
+
+def pack_zeros(tensor):
+    """A tensor as a file holds it: where that saves a tenth or more, its shape, a bit for each number that says whether
+    it is 0, eight a byte, and the others; else as it is. unpack_zeros() undoes it."""
+    tensor = tensor.detach()
+    there = tensor.flatten() != 0
+    packed_bytes = -(-there.numel() // 8) + int(there.sum()) * tensor.element_size() + 1024  # a dict costs something
+    if packed_bytes > 0.9 * tensor.nbytes:
+        return tensor
+    bits = F.pad(there, (0, -there.numel() % 8)).view(-1, 8).to(torch.uint8)
+    bits = (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+    return {"shape": list(tensor.shape), "bits": bits, "values": tensor.flatten()[there]}
+
+
+def unpack_zeros(packed):
+    """The tensor that pack_zeros() was given."""
+    if torch.is_tensor(packed):
+        return packed
+    shape, bits, values = packed["shape"], packed["bits"], packed["values"]
+    there = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).flatten()
+    out = values.new_zeros(math.prod(shape))
+    out[there[: len(out)].bool()] = values
+    return out.view(shape)
 
 
 def demand_finite(tensors, consequence):
@@ -1559,6 +1584,7 @@ def read_checkpoint(path, *, device="cpu"):
         raise ModelError(f"{path} holds tensors but is not a checkpoint of these scripts: train.py writes one")
     if checkpoint["format"] > FORMAT:
         raise ModelError(f"{path} has format {checkpoint['format']}, newer than {FORMAT}: update these scripts")
+    checkpoint["state_dict"] = {key: unpack_zeros(value) for key, value in checkpoint["state_dict"].items()}
     return checkpoint
 
 
