@@ -42,6 +42,7 @@ from torchvision import tv_tensors
 from tqdm import tqdm
 
 from datasets import (
+    IMAGE_SUFFIXES,
     DataError,
     DataInfo,
     add_option_args,
@@ -53,7 +54,7 @@ from datasets import (
     option_values,
     positive_float,
     positive_int,
-)
+)  # fmt: skip
 from models import (
     ModelError,
     count_params,
@@ -63,11 +64,10 @@ from models import (
     model_name,
     one_line,
     replacing,
-)
+)  # fmt: skip
 
 CHUNK = 1 << 20  # numbers in one chunk of upsampled logits: 4 MiB of float32, about what a CPU core's cache holds
 TTA_SCALES = (0.75, 1.0, 1.25)
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
@@ -378,18 +378,9 @@ def predict(
 
 
 def evaluate(
-    model,
-    loader,
-    *,
-    num_classes,
-    ignore_index,
-    device,
-    boundary=True,
-    progress=False,
-    on_batch=None,
-    reduce=True,
+    model, loader, *, num_classes, ignore_index, device, boundary=True, progress=False, on_batch=None, reduce=True,
     **predict_options,
-):
+):  # fmt: skip
     """Score the model on batches (images (N, 3, h, w), target (N, H, W)), at the size of the target -> dict.
 
     Keys: those of the two metrics() above, confusion (nested list), images, images_per_second. Under torch.distributed
@@ -1047,19 +1038,11 @@ def score(model, dataset, *, device, out, batch_size=1, workers=0, boundary=True
         before.update(torch.stack(labels), ids)
         return refine_with_crf(ids, log_p, photos, **crf)
 
+    loader = eval_loader(dataset, batch_size=batch_size, workers=workers)
     metrics = evaluate(
-        model,
-        eval_loader(dataset, batch_size=batch_size, workers=workers),
-        num_classes=len(info.classes),
-        ignore_index=info.ignore_index,
-        device=device,
-        boundary=boundary,
-        progress=True,
-        on_batch=keep_examples,
-        reduce=False,
-        refine=refine if crf else None,
-        **predict_options,
-    )
+        model, loader, num_classes=len(info.classes), ignore_index=info.ignore_index, device=device, boundary=boundary,
+        progress=True, on_batch=keep_examples, reduce=False, refine=refine if crf else None, **predict_options,
+    )  # fmt: skip
     if crf:
         metrics["miou_without_crf"] = before.metrics()["miou"]
     plot_confusion(metrics["confusion"], info.classes, Path(out) / "confusion.png")

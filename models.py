@@ -1120,22 +1120,9 @@ def _row(table, name, flag):
 
 
 def build_model(
-    *,
-    num_classes,
-    model=None,
-    backbone=None,
-    head=None,
-    taps=4,
-    norm="batch",
-    dropout=0.0,
-    fuse=True,
-    upsample="bilinear",
-    output_stride=None,
-    aux=False,
-    width=None,
-    pretrained="no",
-    freeze_backbone=None,
-):
+    *, num_classes, model=None, backbone=None, head=None, taps=4, norm="batch", dropout=0.0, fuse=True,
+    upsample="bilinear", output_stride=None, aux=False, width=None, pretrained="no", freeze_backbone=None,
+):  # fmt: skip
     """Build a network: a row of BACKBONES with one of HEADS (dinov2-small + fpn where left out), or one of NETWORKS.
 
     model: a whole network, instead of backbone and head; it knows some of the options only.
@@ -1491,19 +1478,9 @@ def fold_layer_scale(model):
 
 
 def save_checkpoint(
-    path,
-    model,
-    *,
-    data,
-    pretrained,
-    command,
-    metrics=None,
-    args=None,
-    compression=(),
-    lineage=(),
-    training=None,
+    path, model, *, data, pretrained, command, metrics=None, args=None, compression=(), lineage=(), training=None,
     state_dict=None,
-):
+):  # fmt: skip
     """Write a checkpoint that describes itself: plain types and tensors, to a temporary file that is then renamed.
 
     data: what DataInfo.to_dict() gives. lineage: one {"id", "command", "miou"} an ancestor. training: optimizer and

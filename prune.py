@@ -869,7 +869,8 @@ PLACES = 2**16  # of a layer's input that its moments are taken from
 def as_matrix(layer):
     """The weight of a convolution or Linear as (outputs, inputs, taps); inputs of one of its groups."""
     weight = layer.weight.detach()
-    return (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight).flatten(2 - (weight.dim() < 3))
+    weight = weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight
+    return weight.reshape(*weight.shape[:2], -1)
 
 
 def set_matrix(layer, matrix):
@@ -1237,11 +1238,13 @@ def main(argv=None):
         raise ModelError("--pattern, --sparsity-schedule and --score are of single weights: leave out --structured")
     if args.steps > 1 and not args.structured:
         raise ModelError("--steps is of --structured; single weights have --sparsity-schedule cubic")
+    if args.sparsity_schedule == "cubic" and (args.pattern or not args.epochs):
+        raise ModelError("--sparsity-schedule cubic chooses masks while it trains: leave out --pattern, and --epochs 0")
     if args.sweep and args.resume:
         raise ModelError("--sweep cannot be gone on with: run it again, or --resume --out one of its folders")
     device = train.start(args)
     parent = train.open_parent(args, device, refuse=FLOAT_ONLY)
-    before = score(parent.model, parent.val_set, args, device)
+    before = score(parent.model, parent, device)
     if not args.sweep:
         return prune_once(args, command, parent, before, device, last, start)
     rows = []
@@ -1259,52 +1262,38 @@ def main(argv=None):
     return done
 
 
-def score(model, dataset, args, device):
-    """evaluate() of a network on a data set, without boundaries."""
+def score(model, parent, device, dataset=None):
+    """evaluate() of a network on the validation split, or on `dataset`, without boundaries."""
+    info = parent.val_set.info
     return evaluate.evaluate(
-        model, datasets.eval_loader(dataset, workers=args.workers), num_classes=len(dataset.info.classes),
-        ignore_index=dataset.info.ignore_index, device=device, boundary=False, progress=True,
+        model, datasets.eval_loader(dataset or parent.val_set), num_classes=len(info.classes),
+        ignore_index=info.ignore_index, device=device, boundary=False, progress=True,
     )  # fmt: skip
 
 
-class Seen(torch.utils.data.Dataset):
-    """Training images, evenly spread, as evaluation sees them, but none of those that calibrate; for score()."""
-
-    def __init__(self, args, count=32):
-        options = dict(root=args.data_root, size=args.size, cache=False, options=datasets.option_values(args))
-        few = dict(length=2) if args.dry_run else {}
-        self.dataset = datasets.open_dataset(args.dataset, "train", **options, **few)
-        self.info, every = self.dataset.info, len(self.dataset)
-        used = {i * every // min(args.calib_images, every) for i in range(min(args.calib_images, every))}
-        free = sorted(set(range(every)) - used) or list(range(every))
-        self.indices = [free[i * len(free) // count] for i in range(min(count, len(free)))]
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        return self.dataset[self.indices[i]]
-
-    def fill_cache(self):
-        """Nothing is cached."""
+def seen_images(args, count=32):
+    """Training images, evenly spread, as evaluation sees them, but none of those that calibrate."""
+    options = dict(root=args.data_root, size=args.size, cache=False, options=datasets.option_values(args))
+    few = dict(length=2) if args.dry_run else {}
+    dataset = datasets.open_dataset(args.dataset, "train", **options, **few)
+    used = min(args.calib_images, len(dataset))
+    free = sorted(set(range(len(dataset))) - {i * len(dataset) // used for i in range(used)}) or range(len(dataset))
+    return torch.utils.data.Subset(dataset, free[:: -(-len(free) // count)])
 
 
-def renorm_where_it_helps(model, images, args, device):
-    """New BatchNorm statistics, in place: always, never, or where images that were trained on score higher by them ->
-    what was done, in words; None where there is no BatchNorm."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not norms or args.renorm is False:
-        return "BatchNorm's statistics as they were" if norms else None
-    other = copy.deepcopy(model)
+def renorm_where_it_helps(model, images, args, parent, device):
+    """New BatchNorm statistics, in place: always, never, or where images that were trained on score higher by them;
+    says which."""
+    if args.renorm is False or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return
+    other, seen = copy.deepcopy(model), seen_images(args)
     reestimate_norms(other, images)
-    if args.renorm is None:
-        seen = Seen(args)
-        own, new = (score(m, seen, args, device)["miou"] for m in (model, other))
-        text = f"on {len(seen)} training images {own:.2f} mIoU with BatchNorm's statistics as they were, {new:.2f} anew"
-        if not new > own:
-            return f"{text}: left as they were"
-    model.load_state_dict(other.state_dict())
-    return f"{text}: taken anew" if args.renorm is None else "BatchNorm's statistics taken anew"
+    own, new = (score(m, parent, device, seen)["miou"] for m in (model, other))
+    taken = args.renorm or new > own
+    print(f"on {len(seen)} training images {own:.2f} mIoU with BatchNorm's statistics as they were, {new:.2f} anew: "
+          f"{'taken anew' if taken else 'left as they were'}")  # fmt: skip
+    if taken:
+        model.load_state_dict(other.state_dict())
 
 
 def prune_once(args, command, parent, before, device, last, start):
@@ -1321,14 +1310,18 @@ def prune_once(args, command, parent, before, device, last, start):
         lineage=[*parent.checkpoint["lineage"], train.ancestor(parent.checkpoint, before["miou"])],
         compression=lambda _network: [*parent.checkpoint["compression"], entry],
     )  # fmt: skip
+    gradual_run = args.sparsity_schedule == "cubic"  # nothing goes before it is trained
     for turn in range(entry["turn"], turns):
         if not last:
-            share = 1 - (1 - args.amount) ** ((turn + 1) / turns)
-            (cut_channels if args.structured else cut_weights)(model, share, args, parent, entry, device)
-            metrics = score(model, parent.val_set, args, device)
+            share = 1 - (1 - args.amount) ** (1 / turns)  # of what is left
+            if share and not gradual_run:
+                (cut_channels if args.structured else cut_weights)(model, share, args, parent, entry, device)
+            metrics = score(model, parent, device)
             entry |= {"turn": turn, "untuned": {k: metrics[k] for k in ("miou", "macc", "aacc")}}
-            print(f"pruned, not trained yet: {metrics['miou']:.2f} mIoU; before {before['miou']:.2f}")
-            save(out / "best.pt", model, metrics=entry["untuned"])
+            print(f"{'not pruned' if gradual_run else 'pruned'}, not trained yet: {metrics['miou']:.2f} mIoU; "
+                  f"before {before['miou']:.2f}")  # fmt: skip
+            if not gradual_run:
+                save(out / "best.pt", model, metrics=entry["untuned"])
         if args.epochs:
             one = argparse.Namespace(**vars(args) | {"epochs": max(1, args.epochs // turns)})
             objective = train.make_objective(
@@ -1347,22 +1340,19 @@ def prune_once(args, command, parent, before, device, last, start):
 
 
 def cut_weights(model, amount, args, parent, entry, device):
-    """Set single weights to 0, in place, unless they go while it is trained; BatchNorm anew where that helps."""
+    """Set single weights to 0, in place; BatchNorm anew where that helps."""
     weights, outside = weights_in(model, args.scope)
     for why, names in by_reason(outside).items():
         print(f"not pruned: {len(names)} tensors ({why}), {names[0]} for one")
-    if args.sparsity_schedule == "cubic":
-        return
     masks, left = two_of_four(weights) if args.pattern else (magnitude_masks(weights, amount, args.score), {})
     for name, why in left.items():
         print(f"not pruned: {name} ({why})")
     apply_masks(weights, masks)
     gone, count = sum(int((~mask).sum()) for mask in masks.values()), sum(w.numel() for w in weights.values())
     print(f"pruned: {gone:,} of the {count:,} weights of {len(weights)} layers")
-    metrics = score(model, parent.val_set, args, device)
+    metrics = score(model, parent, device)
     print(f"pruned, BatchNorm's statistics as they were: {metrics['miou']:.2f} mIoU")
-    if text := renorm_where_it_helps(model, calibration(args, device), args, device):
-        print(text)
+    renorm_where_it_helps(model, calibration(args, device), args, parent, device)
 
 
 def cut_channels(model, amount, args, parent, entry, device):
@@ -1374,23 +1364,12 @@ def cut_channels(model, amount, args, parent, entry, device):
         steps = 2 if args.dry_run else max(1, args.calib_images // args.batch_size)
         options = dict(batch_size=args.batch_size, seed=args.seed, device=device, steps=steps)
         gradients = gradients_of(model, objective, parent.train_set, **options)
-    # what is gone is counted from the network as it was given
-    cost, costs = cost_of(model, size, args), entry.setdefault("cost", cost_of(parent.model, size, args))
-    share = 1 - (1 - amount) * costs / cost
-    plan, left = remove_channels(model, images, share, args=args, gradients=gradients, size=size)
+    plan, left = remove_channels(model, images, amount, args=args, gradients=gradients, size=size)
     entry["plan"] = entry["plan"] | plan
     entry["channels"] = list(model.channels)
     for why, names in by_reason(left).items():
         print(f"kept whole: {len(names)} layers ({why}), {names[0]} for one")
-    if text := renorm_where_it_helps(model, images, args, device):
-        print(text)
-
-
-def cost_of(model, size, args):
-    """What --target says that a network costs, in its --scope."""
-    places, attention = count_places(model, size)
-    tables = layer_times(model, size, args.round_to) if args.target == "latency" else None
-    return Costs(model, [], places, attention, args.target, tables, scope=args.scope).total()
+    renorm_where_it_helps(model, images, args, parent, device)
 
 
 def by_reason(left):

@@ -398,34 +398,10 @@ class Keeper:
 
 
 def fit(
-    objective,
-    train_set,
-    val_set,
-    *,
-    optimizer,
-    schedule,
-    epochs,
-    batch_size,
-    seed,
-    device,
-    out_dir,
-    save,
-    workers=0,
-    accumulate=1,
-    clip=0.0,
-    amp="off",
-    ema_decay=0.0,
-    eval_every=1,
-    save_every=1,
-    max_steps=None,
-    resume=None,
-    compile_step=False,
-    writer=None,
-    on_epoch_start=None,
-    after_step=None,
-    score_first=False,
-    score_from=0,
-):
+    objective, train_set, val_set, *, optimizer, schedule, epochs, batch_size, seed, device, out_dir, save, workers=0,
+    accumulate=1, clip=0.0, amp="off", ema_decay=0.0, eval_every=1, save_every=1, max_steps=None, resume=None,
+    compile_step=False, writer=None, on_epoch_start=None, after_step=None, score_first=False, score_from=0,
+):  # fmt: skip
     """Train objective.model on train_set, keeping the weights with the best mIoU on val_set.
 
     objective: module of (images, target) -> loss with the network as `.model`. schedule(step, scores) -> factor of each
