@@ -645,7 +645,9 @@ def rebuild(model, step, state):
     """Give a network of build_model() the shapes that a pruned one had; see models.load_checkpoint()."""
     tensors = tensors_of(model)
     for name, shape in step["plan"].items():
-        put(model, name, torch.empty(shape, dtype=tensors[name].dtype, device=tensors[name].device))
+        path = name.rpartition(".")[0]
+        like = tensors[name if name in tensors else f"{path}.weight"]  # a refit may have brought a bias
+        put(model, name, torch.empty(shape, dtype=like.dtype, device=like.device))
     fit_attributes(model, step["plan"])
     if step["plan"]:
         model.channels = model.backbone.channels = list(step["channels"])
@@ -1107,6 +1109,7 @@ def remove_channels(model, images, amount, *, args, gradients=None, size=None):
         compensate(model, keep, images, ridge=args.ridge)
     before = costs.total()
     plan = shrink(model, keep)
+    plan |= {name: list(p.shape) for name, p in model.named_parameters() if name not in costs.shapes}  # new biases
     if plan:
         model.channels = model.backbone.channels = map_channels(model)
     now = costs.total({name: list(p.shape) for name, p in model.named_parameters()})

@@ -245,6 +245,7 @@ SCRIPTS = {  # runs of two steps that together show what a script reads
     "train": ["--head fpn", "--resume", "--model unet --width 4", "--time-steps 1", "--tensorboard"],
     "evaluate": ["", "--tta --slide 56 56 --slide-stride 28 28", "--images photo.jpg", "--crf 1"],
     "quantize": ["", "--method qat", "--resume", "--max-drop 99 --adaround 1", "--method weight-only"],
+    "prune": ["", "--resume", "--structured --kl 1 --steps 2 --scope head", "--sparsity-schedule cubic", "--sweep 0.5"],
     "export_onnx": ["--size 56 70"],
     "benchmark": [
         "--weights checkpoints/train/best.pt",
@@ -289,7 +290,7 @@ def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, 
                 (workplace / (f"{out}.json" if script == "export_onnx" else f"{out}/results.json")).read_text()
             )
             assert written.keys() == done.keys()
-            if script == "quantize":
+            if script in ("quantize", "prune"):
                 assert done["before"].keys() >= CONTRACT
     shown = {a.dest for parser in parsers for a in parser._actions} - {"help"}
     assert shown - read == set()
