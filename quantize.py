@@ -753,6 +753,8 @@ def main(argv=None):
     before = score(parent.model)
     if last:
         model, entry = models.load_checkpoint(out / "last.pt", device=device)[0], last["compression"][-1]
+        if models.read_checkpoint(out / "best.pt")["compression"][-1]["state"] == "int8":
+            last["training"]["best"] = None  # the run had ended: its best network has been converted
     else:
         images = train.calibration_images(args, device, args.calib_images)
         model, entry = quantize_network(parent.model, images, args, score, before["miou"], out)
