@@ -793,12 +793,8 @@ def losses_of(group, readers):
             if len(first) == 1:
                 total += state.errors()[torch.tensor(indices).flatten()]
             else:
-                total += torch.tensor(
-                    [
-                        math.inf if state.gone[torch.tensor(i)].any() else state.set_error(torch.tensor(i))
-                        for i in indices
-                    ]
-                )
+                sets = map(torch.tensor, indices)
+                total += torch.tensor([math.inf if state.gone[i].any() else state.set_error(i) for i in sets])
     return total
 
 
@@ -825,7 +821,8 @@ def choose(groups, costs, amount, *, loss, remove, round_to, floor, per_cost):
     shapes, gone = dict(costs.shapes), [set() for _ in groups]
     start = costs.total()
     goal, saved = amount * start, 0.0
-    left = [steps_of(len(g.units), n, min(floor, len(g.units))) for g, n in zip(groups, sizes, strict=True)]
+    floors = [min(len(group.units), -(-floor // group.size)) for group in groups]
+    left = [steps_of(len(g.units), n, f) for g, n, f in zip(groups, sizes, floors, strict=True)]
     found = {}
 
     def propose(i):
@@ -865,7 +862,7 @@ def choose(groups, costs, amount, *, loss, remove, round_to, floor, per_cost):
 
 # ---- refit without a gradient ---------------------------------------------------------------------------------------
 
-PLACES = 2**16  # of a layer's input that its moments are taken from
+PLACES = 2**15  # of a layer's input that its moments are taken from
 
 
 def as_matrix(layer):

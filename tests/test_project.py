@@ -241,8 +241,9 @@ def test_an_error_is_one_line_with_status_2(workplace):
 
 # ---- every script ----
 
+SMALL = "--backbone mit-tiny --head fcn --size 56 70 --crop 56 56"
 SCRIPTS = {  # runs of two steps that together show what a script reads
-    "train": ["--head fpn", "--resume", "--model unet --width 4", "--time-steps 1", "--tensorboard"],
+    "train": [SMALL, "--resume", f"{SMALL} --time-steps 1", f"{SMALL} --tensorboard"],
     "evaluate": ["", "--tta --slide 56 56 --slide-stride 28 28", "--images photo.jpg", "--crf 1"],
     "quantize": ["", "--method qat", "--resume", "--max-drop 99 --adaround 1", "--method weight-only"],
     "prune": ["", "--resume", "--structured --kl 1 --steps 2 --scope head", "--sparsity-schedule cubic", "--sweep 0.5"],
@@ -260,12 +261,13 @@ CONTRACT = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, workplace, monkeypatch):
+def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, workplace, tmp_path, monkeypatch):
     module, read = importlib.import_module(script), set()
 
     class Namespace(argparse.Namespace):
         def __getattribute__(self, name):
-            read.add(name)
+            if sys._getframe(1).f_globals["__name__"] != "argparse":  # which looks at each to set its default
+                read.add(name)
             return super().__getattribute__(name)
 
     parsers, parse_args = [], argparse.ArgumentParser.parse_args
@@ -274,7 +276,9 @@ def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, 
         parsers.append(parser)
         return parse_args(parser, args, namespace)
 
-    monkeypatch.chdir(workplace)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(workplace / "photo.jpg", "photo.jpg")
+    train.main([*shlex.split(SMALL), "--dry-run", "--out", "checkpoints/train"])
     out = {"benchmark": "b", "export_onnx": "e.onnx"}.get(script, "flags")
     for flags in SCRIPTS[script]:
         with monkeypatch.context() as patch:
@@ -287,7 +291,7 @@ def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, 
                 ["python", f"{script}.py", *shlex.split(flags), "--dry-run", "--out", out]
             )
             written = json.loads(
-                (workplace / (f"{out}.json" if script == "export_onnx" else f"{out}/results.json")).read_text()
+                (tmp_path / (f"{out}.json" if script == "export_onnx" else f"{out}/results.json")).read_text()
             )
             assert written.keys() == done.keys()
             if script in ("quantize", "prune"):
