@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from test_int8 import images, make, prepared
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import datasets
 import evaluate
@@ -558,8 +559,23 @@ def test_correct_bias_brings_the_mean_of_each_output_back():
     assert gaps().max() < 1e-5
 
 
+class Readers(TorchFunctionMode):
+    """Notes which of the tensors {id: (name, tensor)} a function other than F.linear() reads."""
+
+    def __init__(self, tensors, others):
+        super().__init__()
+        self.tensors, self.others = tensors, others
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in args:
+            if id(x) in self.tensors and function is not F.linear and torch.is_tensor(out):
+                self.others[self.tensors[id(x)][0]] = True
+        return out
+
+
 class Tokens(nn.Module):
-    """Two Linear layers after a LayerNorm with two channels far out; with `read`, its output is read as it is, too."""
+    """Two Linear layers after a LayerNorm with two channels far out; its output is also read as it is, times `read`."""
 
     def __init__(self, read=False):
         super().__init__()
@@ -573,7 +589,7 @@ class Tokens(nn.Module):
 
     def forward(self, x):
         tokens = self.norm(self.embed(x).flatten(2).mT)
-        return self.a(tokens) * self.b(tokens) + (tokens if self.read else 0)
+        return self.a(tokens) * self.b(tokens) + (self.read * tokens if self.read else 0)
 
 
 @torch.no_grad()
@@ -589,12 +605,39 @@ def test_smooth_moves_outliers_into_the_weights():
     assert errors[1] < 0.1 * errors[0]
 
 
+@pytest.mark.parametrize("weight", [1.0, 1e-9])  # also where the other reader hardly matters to the output
 @torch.no_grad()
-def test_smooth_leaves_a_norm_alone_that_others_read():
-    model = Tokens(read=True)
+def test_smooth_leaves_a_norm_alone_that_others_read(weight):
+    model = Tokens(read=weight)
     before = copy.deepcopy(model.state_dict())
     assert quantize.smooth(model, [images(32, 32)]) == {"norm": None}
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_smooth_leaves_the_norms_of_an_untrained_segformer_alone_that_a_convolution_reads():
+    model, x = make(model="segformer-tiny"), images(64, 64)
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    others = dict.fromkeys(norms, False)  # whether something other than a Linear reads it
+
+    def spy(name):
+        def hook(norm, _inputs, output):
+            made[id(output)] = name, output
+
+        return hook
+
+    made = {}
+    hooks = [m.register_forward_hook(spy(n)) for n, m in norms.items()]
+    with Readers(made, others):
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    assert any(others.values())
+    before = {n: m.weight.clone() for n, m in norms.items()}
+    quantize.smooth(model, [x])
+    changed = {n for n, m in norms.items() if not torch.equal(m.weight, before[n])}
+    assert changed
+    assert not [n for n in changed if others[n]]
 
 
 @torch.no_grad()
