@@ -753,8 +753,10 @@ def main(argv=None):
     before = score(parent.model)
     if last:
         model, entry = models.load_checkpoint(out / "last.pt", device=device)[0], last["compression"][-1]
-        if models.read_checkpoint(out / "best.pt")["compression"][-1]["state"] == "int8":
-            last["training"]["best"] = None  # the run had ended: its best network has been converted
+        if models.read_checkpoint(out / "best.pt")["compression"][-1]["state"] == "int8":  # the run came to its end
+            if last["training"]["step"] >= train.total_steps(args, parent.train_set):
+                raise ModelError(f"the run in {out} has ended: give more --epochs to train on, or leave out --resume")
+            last["training"]["best"] = None  # and its best network was converted
     else:
         images = train.calibration_images(args, device, args.calib_images)
         model, entry = quantize_network(parent.model, images, args, score, before["miou"], out)

@@ -246,8 +246,8 @@ SMALL = "--backbone mit-tiny --head fcn --size 56 70 --crop 56 56 --class-weight
 SCRIPTS = {  # runs of two steps that together show what a script reads
     "train": [SMALL, "--resume", f"{SMALL} --time-steps 1", f"{SMALL} --tensorboard"],
     "evaluate": ["", "--tta --slide 56 56 --slide-stride 28 28", "--images photo.jpg", "--crf 1"],
-    "quantize": ["", "--method qat", "--resume", "--max-drop 99 --adaround 1", "--method weight-only"],
-    "prune": ["", "--resume", "--structured --kl 1 --steps 2 --scope head", "--sparsity-schedule cubic", "--sweep 0.5"],
+    "quantize": ["", "--method qat", "--resume --epochs 2", "--max-drop 99 --adaround 1", "--method weight-only"],
+    "prune": ["", "--resume", "--structured --kl 1 --steps 2 --round-to 2", "--sparsity-schedule cubic", "--sweep 0.5"],
     "export_onnx": ["--size 56 70"],
     "benchmark": [
         "--weights checkpoints/train/best.pt",

@@ -318,6 +318,37 @@ def test_qat_of_n_steps_and_n_more_is_qat_of_2n(steps, float_checkpoint, tmp_pat
     assert any(not torch.equal(theirs[key], start[key]) for key in start if key in theirs)
 
 
+def test_resume_finds_the_run_of_qat_and_no_other(float_checkpoint, tmp_path, monkeypatch):
+    path = float_checkpoint()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"no checkpoint at checkpoints/quantize-qat/last.pt: .*quantize.py"):
+        quantize.main(["--resume"])
+    quantize.main(["--weights", str(path), "--method", "qat", *TINY])
+    first = read_checkpoint("checkpoints/quantize-qat/last.pt")["training"]["step"]
+    with pytest.raises(ModelError, match="has ended: give more --epochs"):
+        quantize.main(["--resume"])
+    with pytest.raises(ModelError, match="--observer cannot change now"):
+        quantize.main(["--resume", "--observer", "minmax", "--epochs", "2"])
+    done = quantize.main(["--resume", "--epochs", "2"])
+    assert done["int8_layers"] > 0
+    assert read_checkpoint("checkpoints/quantize-qat/last.pt")["training"]["step"] == 2 * first
+    last = read_checkpoint("checkpoints/quantize-qat/last.pt") | {"command": "python train.py --head fpn"}
+    torch.save(last, "checkpoints/quantize-qat/last.pt")
+    with pytest.raises(ModelError, match=r"is of a run of train.py, not of quantize.py"):
+        quantize.main(["--resume"])
+
+
+def test_auxiliary_losses_weigh_in_qat_what_they_did_in_training(float_checkpoint, tmp_path, monkeypatch):
+    path = float_checkpoint(backbone="resnet18", head="fcn", aux=True)
+    checkpoint = read_checkpoint(path)
+    checkpoint["args"] |= {"aux_weight": 0.25}
+    torch.save(checkpoint, path)
+    weights, objective = [], quantize.train.Objective
+    monkeypatch.setattr(quantize.train, "Objective", lambda *a, **k: weights.append(a[2]) or objective(*a, **k))
+    run(path, tmp_path / "q", "--method", "qat")
+    assert weights == [0.25]
+
+
 def test_sensitivity_names_the_layer_that_suffers(float_checkpoint, tmp_path):
     model, x = make(backbone="resnet18", head="fcn"), images(64, 64)
     spoiled = "backbone.stages.2.0.conv1"
