@@ -862,7 +862,7 @@ def choose(groups, costs, amount, *, loss, remove, round_to, floor, per_cost):
 
 # ---- refit without a gradient ---------------------------------------------------------------------------------------
 
-PLACES = 2**15  # of a layer's input that its moments are taken from
+PLACES = 2**16  # of a layer's input that its moments are taken from
 
 
 def as_matrix(layer):
