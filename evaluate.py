@@ -114,13 +114,10 @@ class ConfusionMatrix:
         iou = 100 * hits / (labelled + predicted - hits)  # 0 / 0 is NaN: the class is in neither
         acc = 100 * hits / labelled
         return {
-            "miou": iou.nanmean().item(),
-            "macc": acc.nanmean().item(),
-            "aacc": (100 * hits.sum() / counts.sum()).item(),
-            "class_iou": iou.tolist(),
-            "class_acc": acc.tolist(),
+            "miou": iou.nanmean().item(), "macc": acc.nanmean().item(), "class_iou": iou.tolist(),
+            "aacc": (100 * hits.sum() / counts.sum()).item(), "class_acc": acc.tolist(),
             "classes_averaged": int((~iou.isnan()).sum()),
-        }
+        }  # fmt: skip
 
 
 class BoundaryIoU:
@@ -800,22 +797,14 @@ def results(model, checkpoint, metrics, *, command, split, seconds, device, path
     total, trainable = count_params(model)
     classes = checkpoint["data"]["classes"]
     return {
-        "command": command,
-        "model": model_name(checkpoint["build"]),
-        "dataset": checkpoint["data"]["name"],
-        "split": split,
-        "pretrained": checkpoint["pretrained"],
-        "compression": checkpoint["compression"],
-        "params": total,
-        "trainable_params": trainable,
-        "file_mb": weights_mb(path, checkpoint),
+        "command": command, "model": model_name(checkpoint["build"]), "dataset": checkpoint["data"]["name"],
+        "split": split, "pretrained": checkpoint["pretrained"], "compression": checkpoint["compression"],
+        "params": total, "trainable_params": trainable, "file_mb": weights_mb(path, checkpoint),
         **{key: metrics.get(key) for key in ("miou", "macc", "aacc", "boundary_iou", "classes_averaged")},
         "class_iou": dict(zip(classes, metrics.get("class_iou") or [None] * len(classes), strict=True)),
-        "images": metrics.get("images"),
-        "images_per_second": metrics.get("images_per_second"),
-        "seconds": seconds,
-        "peak_memory_mb": peak_memory_mb(device),
-    }
+        "images": metrics.get("images"), "images_per_second": metrics.get("images_per_second"),
+        "seconds": seconds, "peak_memory_mb": peak_memory_mb(device),
+    }  # fmt: skip
 
 
 def write_json(path, obj):
@@ -943,9 +932,7 @@ def make_parser():
     add("--scales", type=positive_float, nargs="+", help="image scales to average over; left out: 1")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
     add("--slide", type=positive_int, nargs=2, metavar=("H", "W"), help="sliding window, pixels")
-    add(
-        "--slide-stride", type=positive_int, nargs=2, metavar=("H", "W"), help="its stride; left out: 2/3 of the window"
-    )
+    add("--slide-stride", type=positive_int, nargs=2, metavar=("H", "W"), help="its stride; left out: 2/3 of it")
     add("--crf", type=count, default=0, metavar="N", help="mean-field steps of a dense CRF on the prediction; 0: none")
     add("--boundary", action=argparse.BooleanOptionalAction, default=True, help="boundary IoU too")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
@@ -1076,12 +1063,9 @@ def main(argv=None):
     model, checkpoint = load_checkpoint(args.weights, device=device)
     out = out_folder(args.out, "evaluate", dry_run=args.dry_run)
     options = {
-        "scales": tuple(scales),
-        "flip": args.tta if args.flip is None else args.flip,
-        "window": args.slide,
-        "stride": args.slide_stride,
-        "amp_dtype": AMP_DTYPES[choose_amp(args.amp, device)],
-    }
+        "scales": tuple(scales), "flip": args.tta if args.flip is None else args.flip, "window": args.slide,
+        "stride": args.slide_stride, "amp_dtype": AMP_DTYPES[choose_amp(args.amp, device)],
+    }  # fmt: skip
     crf = {"steps": args.crf, "seconds": []} if args.crf else None
     metrics, extra, split = {}, {}, args.split
     if files:

@@ -1491,20 +1491,12 @@ def save_checkpoint(
     demand_finite(state_dict.items(), f"{path} was not written")
     state_dict = {key: pack_zeros(tensor) for key, tensor in state_dict.items()}
     checkpoint = {
-        "format": FORMAT,
-        "id": uuid.uuid4().hex,
-        "command": command,
-        "build": dict(model.build),
-        "data": data,
-        "pretrained": pretrained,
-        "compression": list(compression),
-        "state_dict": state_dict,
-        "metrics": metrics or {},
-        "args": args or {},
-        "lineage": list(lineage),
+        "format": FORMAT, "id": uuid.uuid4().hex, "command": command, "build": dict(model.build), "data": data,
+        "pretrained": pretrained, "compression": list(compression), "state_dict": state_dict,
+        "metrics": metrics or {}, "args": args or {}, "lineage": list(lineage),
         "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)},
         "saved": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+    }  # fmt: skip
     if training is not None:
         checkpoint["training"] = training
     with replacing(path) as temporary, open(temporary, "wb") as file:
