@@ -121,6 +121,7 @@ def gradual(weights, *, amount, score, first, steps, interval):
 
     Between two choices what is 0 stays 0, in the average of the weights too. A resumed run finds the mask in the zeros.
     """
+    interval = min(interval, max(1, steps // 2))
     end = max(1, steps // 2 // interval) * interval
     masks = {name: w.detach() != 0 for name, w in weights.items()} if first else {}
 
@@ -883,7 +884,8 @@ def set_matrix(layer, matrix):
 
 def moments(layer, x):
     """Mean (C,) and covariance (C, C) of a layer's input over at most PLACES of its places, in float64."""
-    rows = (x if isinstance(layer, nn.Linear) else x.movedim(1, -1)).flatten(0, -2).float()
+    rows = (x if isinstance(layer, nn.Linear) else x.movedim(1, -1)).flatten(0, -2)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if len(rows) > PLACES:
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:PLACES].to(rows.device)]
     mean = rows.mean(0)
@@ -976,6 +978,8 @@ def compensate(model, keep, images, *, ridge):
                 layer.bias += shift
             else:
                 layer.bias = nn.Parameter(shift)
+                if (name, output_dim(model, name)) in keep:  # it goes with the outputs
+                    keep[f"{name.removesuffix('weight')}bias", 0] = keep[name, output_dim(model, name)]
 
         return hook
 
@@ -1389,17 +1393,23 @@ def calibration(args, device):
 
 def hooks_of(model, args, parent, last):
     """What fit() has to do besides: hold zeros, of earlier pruning too, or bring them."""
-    weights = dict(model.named_parameters())
+    every, _ = weights_in(model, "all")
     if args.structured:
         zeros = any(step["step"] == "prune" and step["kind"] == "weights" for step in parent.checkpoint["compression"])
-        return {"score_first": True} | ({"after_step": train.keep_zeros(weights)} if zeros else {})
-    weights, _ = weights_in(model, args.scope)
+        return {"score_first": True} | ({"after_step": train.keep_zeros(every)} if zeros else {})
     if args.sparsity_schedule == "oneshot":
-        return {"score_first": True, "after_step": train.keep_zeros(weights)}
-    after_step, end = gradual(
+        return {"score_first": True, "after_step": train.keep_zeros(every)}
+    weights, _ = weights_in(model, args.scope)
+    grow, end = gradual(
         weights, amount=args.amount, score=args.score, first=last["training"]["step"] if last else 0,
         steps=train.total_steps(args, parent.train_set), interval=args.interval,
     )  # fmt: skip
+    hold = train.keep_zeros({name: w for name, w in every.items() if name not in weights})
+
+    def after_step(step, shadow):
+        grow(step, shadow)
+        hold(step, shadow)
+
     return {"after_step": after_step, "score_from": end}
 
 
