@@ -1,4 +1,4 @@
-"""How networks are pruned: masks against torch's own, channels gone against channels at 0, refits against least squares,
+"""How networks are pruned: masks against torch's, channels gone against channels at 0, refits against least squares,
 the command."""
 
 import copy
@@ -23,6 +23,7 @@ import prune
 import quantize
 from models import ModelError, build_model, load_checkpoint, read_checkpoint, save_checkpoint
 
+DINO = dict(backbone="dinov2-tiny", head="fpn")
 INFO = datasets.open_dataset("synthetic", "val", length=1, size=(40, 56)).info
 CLASSES = 7  # as wide as no other layer
 
@@ -128,7 +129,7 @@ def test_score_layer_takes_the_same_share_of_each_as_torchs_own():
     model = make(backbone="dinov2-tiny", head="fpn")
     weights, _ = prune.weights_in(model, "all")
     masks = prune.magnitude_masks(weights, 0.37, "layer")
-    for name, w in weights.items():
+    for name in weights:
         layer = copy.deepcopy(model.get_submodule(name.removesuffix(".weight")))
         torch_prune.l1_unstructured(layer, "weight", amount=0.37)
         assert torch.equal(masks[name], layer.weight_mask.bool())
@@ -163,9 +164,9 @@ def test_two_of_four_keeps_the_largest_two_of_each_four_inputs():
         expected = torch.zeros_like(w, dtype=torch.bool)
         for o, *taps in itertools.product(*(range(n) for n in (w.shape[0], *w.shape[2:]))):
             for four in range(0, w.shape[1], 4):
-                best = sorted(range(four, four + 4), key=lambda i: -abs(w[o, i, *taps].item()))[:2]  # noqa: B023
-                for i in best:
-                    expected[o, i, *taps] = True
+                sizes = {i: abs(w[(o, i, *taps)].item()) for i in range(four, four + 4)}
+                for i in sorted(sizes, key=sizes.get)[2:]:
+                    expected[(o, i, *taps)] = True
         assert torch.equal(mask, expected)
 
 
@@ -301,7 +302,7 @@ def check_what_makes_a_removed_channel_can_be_anything(build, tmp_path):
 
 
 def check_channels_whose_makers_are_0_are_channels_removed(build, tmp_path):
-    # f(0) = 0 for every activation here that a channel goes through; a hard sigmoid's 0.5 is multiplied by a channel at 0
+    # f(0) = 0 for each activation here that a channel goes through; a hard sigmoid's 0.5 is multiplied by one at 0
     model, groups, _ = grouped(build)
     gone, x = some_units(groups, seed=2), images(65, 97)
     zeroed = copy.deepcopy(model)
@@ -354,7 +355,6 @@ def check_two_prunings_are_one_and_come_back_from_a_file(build, tmp_path):
 def check_logits_and_what_a_layer_norm_reads_are_in_no_group(build, tmp_path):
     model, groups, left = grouped(build)
     tensors = prune.tensors_of(model)
-    layers = {n for n, m in model.named_modules() if isinstance(m, prune.PRUNABLE)}
     seen = {}
     for number, group in enumerate(groups):
         assert len(group.units) > 1
@@ -409,8 +409,12 @@ def check_duplicates_are_made_up_for(build, tmp_path):
     assert difference(outputs(model, x), expected) < 1e-4
 
 
-LOW_RANK = [b for b in NETWORKS if b.get("head") in ("deeplabv3plus", "fcn", "aspp", "ppm") or b in (
-    dict(model="lite_deeplabv3"), dict(model="mask2former-tiny"))]  # maps that were pooled or enlarged
+LOW_RANK = [
+    b
+    for b in NETWORKS
+    if b.get("head") in ("deeplabv3plus", "fcn", "aspp", "ppm")
+    or b in (dict(model="lite_deeplabv3"), dict(model="mask2former-tiny"))
+]  # maps that were pooled or enlarged
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 
@@ -452,7 +456,7 @@ def test_groups_of_a_resnet_are_those_of_its_sums_and_halving_them_gives_the_cou
 @pytest.mark.parametrize("backbone", ["dinov2-tiny", "dinov2-swiglu"])
 def test_heads_go_as_a_whole_and_their_number_follows(backbone):
     model = make(backbone=backbone, head="linear")
-    groups, left = prune.channel_groups(model)
+    groups, _ = prune.channel_groups(model)
     names = {name: m for name, m in model.named_modules() if hasattr(m, "q_proj")}
     dim = next(iter(names.values())).head_dim
     assert len(names) == 4
@@ -498,9 +502,7 @@ def test_after_a_sigmoid_a_channel_at_0_is_no_channel_removed_but_one_that_nobod
     assert difference(outputs(model, x), outputs(unread, x)) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "build", [dict(backbone="dinov2-tiny", head="fpn"), dict(model="unet", width=8)], ids=called
-)
+@pytest.mark.parametrize("build", [dict(backbone="dinov2-tiny", head="fpn"), dict(model="unet", width=8)], ids=called)
 def test_a_group_that_forgets_a_layer_is_found_out(build):
     model = make(**build)
     groups, _ = prune.channel_groups(model)
@@ -596,8 +598,7 @@ def test_a_refit_layer_is_never_further_off_than_one_whose_inputs_are_just_dropp
     at = 4 if reader == "norm after" else 3 if reader == "linear" else 2
 
     def seen(network):
-        layer = network.head[: at + 1](x)
-        return layer
+        return network.head[: at + 1](x)
 
     for number, gone in enumerate([{0}, {1, 3}, set(range(4)), set(range(1, 6))]):
         gone = {n for n in gone if n < len(group.units) - 1}
@@ -699,7 +700,9 @@ def test_costs_are_the_macs_that_evaluate_counts_before_and_after(build):
 @pytest.mark.parametrize(
     ("build", "rank", "importance", "target"),
     [
-        *itertools.product([dict(backbone="dinov2-tiny", head="fpn")], ["global", "group"], ["residual", "l1"], ["macs"]),
+        *itertools.product(
+            [dict(backbone="dinov2-tiny", head="fpn")], ["global", "group"], ["residual", "l1"], ["macs"]
+        ),
         (dict(backbone="dinov2-tiny", head="unet"), "global", "residual", "params"),
         (dict(model="unet", width=16), "global", "residual", "macs"),
         (dict(model="enet"), "group", "l2", "params"),
@@ -729,8 +732,8 @@ def test_a_target_out_of_reach_says_how_far_it_came():
     args, size = flags("--min-channels", "32"), images(32, 48)
     with pytest.raises(ModelError, match=r"--amount 0.9: with every group at its floor \d+\.\d% of the macs are gone"):
         prune.remove_channels(model, size, 0.9, args=args, size=size)
+    args = flags("--round-to", "256", "--target", "params", "--importance", "l1")
     with pytest.raises(ModelError, match=r"--amount 0.005: 0\.\d+ of the params would be gone, .* lower --round-to"):
-        args = flags("--round-to", "256", "--target", "params", "--importance", "l1")
         prune.remove_channels(make(model="unet", width=32), size, 0.005, args=args, size=size)
     with pytest.raises(ModelError, match="--scope backbone: no channel there can go"):
         prune.remove_channels(Small(nn.Conv2d(3, 4, 1)), size, 0.5, args=flags("--scope", "backbone"), size=size)
@@ -817,3 +820,149 @@ def test_gradients_are_those_of_the_sum_over_batches_and_leave_the_network_alone
         sum(objective(x, t) for x, t in batches).backward()
     assert all(torch.allclose(found[n], p.grad, atol=1e-6, rtol=1e-3) for n, p in model.named_parameters())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+TINY = ["--size", "40", "56", "--crop", "40", "56", "--batch-size", "2", "--workers", "0", "--calib-images", "3"]
+
+
+@pytest.fixture
+def float_checkpoint(tmp_path, monkeypatch):
+    """A checkpoint of train.py's kind, on four drawn scenes a split, so that whole epochs fit into a test."""
+    real = datasets.open_dataset
+    monkeypatch.setattr(datasets, "open_dataset", lambda name, split, **k: real(name, split, **{"length": 4, **k}))
+
+    def write(**build):
+        torch.manual_seed(0)
+        model = build_model(num_classes=len(INFO.classes), **(build or dict(backbone="mit-tiny", head="fpn"))).eval()
+        args = {"dataset": "synthetic", "size": [40, 56], "crop": [40, 56], "batch_size": 2, "workers": 0, "loss": "ce"}
+        shared = dict(data=INFO.to_dict(), pretrained="no", command="train.py", args=args, metrics={"miou": 1.0})
+        save_checkpoint(tmp_path / "float.pt", model, **shared)
+        return tmp_path / "float.pt"
+
+    return write
+
+
+def run(path, out, *flags):
+    return prune.main(["--weights", str(path), "--out", str(out), *TINY, *flags])
+
+
+def zeros(path):
+    """{name: which weights are 0} of a checkpoint's convolutions and Linear layers."""
+    model, _ = load_checkpoint(path)
+    return {name: w == 0 for name, w in prune.weights_in(model, "all")[0].items()}
+
+
+@pytest.mark.parametrize(
+    "flags", [["--epochs", "0"], ["--epochs", "2"], ["--epochs", "2", "--ema", "0.9", "--kl", "1"]]
+)
+def test_a_run_leaves_exactly_the_zeros_that_it_set_and_packs_them(flags, float_checkpoint, tmp_path):
+    path = float_checkpoint()
+    done = run(path, tmp_path / "p", "--amount", "0.9", "--renorm", *flags)
+    start, _ = prune.weights_in(load_checkpoint(path)[0], "all")
+    expected, found = prune.magnitude_masks(start, 0.9), zeros(tmp_path / "p" / "best.pt")
+    assert all(torch.equal(found[name], ~expected[name]) for name in expected)
+    assert done["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert done["file_mb"] < 0.5 * done["before"]["file_mb"]  # vectors and names count in so small a file
+    assert done["macs"] == done["macs_before"]
+    assert json.loads((tmp_path / "p" / "results.json").read_text())["layers"].keys() == expected.keys()
+    if flags != ["--epochs", "0"]:
+        moved = load_checkpoint(tmp_path / "p" / "last.pt")[0].state_dict()
+        assert any(not torch.equal(moved[name], start[name].detach() * expected[name]) for name in expected)
+
+
+def test_cubic_reaches_the_amount_and_2n_steps_are_n_and_n_more(float_checkpoint, tmp_path, monkeypatch):
+    path, fit = float_checkpoint(), prune.train.fit
+    flags = ["--amount", "0.8", "--sparsity-schedule", "cubic", "--interval", "1", "--epochs", "4", "--ema", "0.9"]
+    done = run(path, tmp_path / "whole", *flags)
+    assert done["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(prune.train, "fit", lambda *a, **k: fit(*a, **k | {"max_steps": 3}))
+        with pytest.raises(ModelError, match="no checkpoint"):  # none is the best before all zeros are there
+            run(path, tmp_path / "part", *flags)
+    prune.main(["--resume", "--out", str(tmp_path / "part")])
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = (read_checkpoint(tmp_path / out / name)["state_dict"] for out in ("part", "whole"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_two_of_four_and_layers_that_have_none(float_checkpoint, tmp_path, capsys):
+    run(float_checkpoint(), tmp_path / "p", "--pattern", "2:4", "--epochs", "0")
+    found = zeros(tmp_path / "p" / "best.pt")
+    assert "not pruned: backbone.stages.0.patch_embeddings.proj.weight (its 3 input channels" in capsys.readouterr().out
+    shares = {name: where.float().mean().item() for name, where in found.items()}
+    assert {round(share, 3) for share in shares.values()} <= {0.0, 0.5}
+    assert 0.5 in shares.values()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--steps", "2"], ["--importance", "taylor", "--rank", "group"], ["--target", "params", "--kl", "1"],
+     ["--target", "latency", "--no-compensate"], ["--scope", "backbone", "--importance", "gamma"]],
+)  # fmt: skip
+def test_a_network_without_channels_is_smaller_and_loads_anywhere(flags, float_checkpoint, tmp_path):
+    path = float_checkpoint(backbone="resnet18", head="fcn")
+    done = run(path, tmp_path / "p", "--structured", "--amount", "0.4", "--epochs", "2", *flags)
+    assert done["macs"] < 0.95 * done["macs_before"]
+    assert done["params"] < done["before"]["params"]
+    if "--target" not in flags and "--scope" not in flags:
+        assert done["macs_ratio"] == pytest.approx(0.6, abs=0.04)
+    found = evaluate.main(["--weights", str(tmp_path / "p" / "best.pt"), "--out", str(tmp_path / "e")])
+    assert found["miou"] == pytest.approx(done["miou"], abs=1e-9)
+    again = run(tmp_path / "p" / "best.pt", tmp_path / "again", "--structured", "--amount", "0.2", "--epochs", "0")
+    assert again["macs"] < done["macs"]
+    assert [step["step"] for step in again["compression"]] == ["prune", "prune"]
+    assert len(read_checkpoint(tmp_path / "again" / "best.pt")["lineage"]) == 2
+
+
+@pytest.mark.parametrize("kind", [["--amount", "0.7"], ["--structured", "--amount", "0.5"]])
+@pytest.mark.parametrize("method", ["ptq", "qat"])
+def test_a_pruned_network_is_quantized_and_its_zeros_stay(kind, method, float_checkpoint, tmp_path):
+    path = float_checkpoint(backbone="resnet18", head="fcn")
+    run(path, tmp_path / "p", *kind, "--epochs", "0", "--no-renorm")
+    flags = ["--weights", str(tmp_path / "p" / "best.pt"), "--method", method, *TINY, "--out", str(tmp_path / "q")]
+    done = quantize.main([*flags, "--lr", "1e-3"])
+    pruned, quantized = zeros(tmp_path / "p" / "best.pt"), load_checkpoint(tmp_path / "q" / "best.pt")[0]
+    for name, layer in quantize.quant_layers(quantized).items():
+        assert layer.weight_q.shape == pruned[f"{name}.weight"].shape
+        assert (layer.weight_q[pruned[f"{name}.weight"]] == 0).all()
+    assert [step["step"] for step in done["compression"]] == ["prune", "quantize"]
+    with pytest.raises(ModelError, match="is quantized: prune the float checkpoint"):
+        run(tmp_path / "q" / "best.pt", tmp_path / "r")
+
+
+@pytest.mark.parametrize("flags", [[], ["--structured"]])
+def test_an_amount_of_0_changes_nothing(flags, float_checkpoint, tmp_path):
+    path = float_checkpoint(backbone="resnet18", head="fcn")
+    run(path, tmp_path / "p", "--amount", "0", "--epochs", "0", *flags)
+    before, after = (read_checkpoint(p)["state_dict"] for p in (path, tmp_path / "p" / "best.pt"))
+    assert all(torch.equal(before[key], after[key]) for key in before | after)
+
+
+def test_a_sweep_is_a_run_for_each_amount_and_a_curve(float_checkpoint, tmp_path):
+    done = run(float_checkpoint(), tmp_path / "s", "--sweep", "0.2", "0.8", "--epochs", "1")
+    with open(tmp_path / "s" / "sweep.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["amount"]) for row in rows] == [0.2, 0.8] == [row["amount"] for row in done["sweep"]]
+    for row in rows:
+        assert float(row["sparsity"]) == pytest.approx(float(row["amount"]), abs=1e-3)
+        assert (tmp_path / "s" / f"amount-{row['amount']}" / "best.pt").exists()
+    assert (tmp_path / "s" / "sweep.png").stat().st_size > 3000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--structured", "--pattern", "2:4"], "leave out --structured"),
+        (["--steps", "2"], "--steps is of --structured"),
+        (["--sparsity-schedule", "cubic", "--epochs", "0"], "while it trains"),
+        (["--sweep", "0.5", "--resume"], "cannot be gone on with"),
+        (["--structured", "--amount", "0.999"], "with every group at its floor"),
+    ],
+)
+def test_what_cannot_be_is_one_line(flags, words, float_checkpoint, tmp_path):
+    path = float_checkpoint()
+    prune.train.main(["--model", "unet", "--width", "8", *TINY[:-2], "--epochs", "1", "--out", str(tmp_path / "p")])
+    with pytest.raises(ModelError, match=words):
+        run(path, tmp_path / "p", *flags)
