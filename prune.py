@@ -1032,7 +1032,7 @@ def unit_importance(model, groups, kind, gradients=None):
                     continue
             elif not is_output(model, name, dim):
                 continue
-            each = w.movedim(dim, 0).flatten(1).abs()
+            each = w.movedim(dim, 0).reshape(w.shape[dim], -1).abs()
             each = each.square().sum(1) if kind == "l2" else each.sum(1)
             total += torch.stack([each[unit[name, dim]].sum() for unit in group.units])
         found.append(total.sqrt() if kind == "l2" else total)
@@ -1244,8 +1244,6 @@ def main(argv=None):
         raise ModelError("--steps is of --structured; single weights have --sparsity-schedule cubic")
     if args.sparsity_schedule == "cubic" and (args.pattern or not args.epochs):
         raise ModelError("--sparsity-schedule cubic chooses masks while it trains: leave out --pattern, and --epochs 0")
-    if args.sweep and args.resume:
-        raise ModelError("--sweep cannot be gone on with: run it again, or --resume --out one of its folders")
     device = train.start(args)
     parent = train.open_parent(args, device, refuse=FLOAT_ONLY)
     before = score(parent.model, parent, device)
@@ -1305,6 +1303,7 @@ def prune_once(args, command, parent, before, device, last, start):
     out, turns = parent.out, args.steps if args.structured else 1
     if last:
         model, entry = models.load_checkpoint(out / "last.pt", device=device)[0], last["compression"][-1]
+        model = model.to(memory_format=torch.channels_last)
     else:
         kind = "channels" if args.structured else "weights"
         model = copy.deepcopy(parent.model)

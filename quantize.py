@@ -753,6 +753,7 @@ def main(argv=None):
     before = score(parent.model)
     if last:
         model, entry = models.load_checkpoint(out / "last.pt", device=device)[0], last["compression"][-1]
+        model = model.to(memory_format=torch.channels_last)
         if models.read_checkpoint(out / "best.pt")["compression"][-1]["state"] == "int8":  # the run came to its end
             if last["training"]["step"] >= train.total_steps(args, parent.train_set):
                 raise ModelError(f"the run in {out} has ended: give more --epochs to train on, or leave out --resume")
