@@ -972,6 +972,8 @@ def compensate(model, keep, images, *, ridge):
                 shifts.append(shift)
             set_matrix(layer, matrix)
             shift = torch.cat(shifts)
+            if isinstance(layer, nn.ConvTranspose2d):  # on average an output gets that part of the taps
+                shift = shift / math.prod(layer.stride)
             if layer in norm_after:
                 norm_after[layer].running_mean -= shift
             elif layer.bias is not None:
