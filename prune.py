@@ -1253,9 +1253,10 @@ def main(argv=None):
         return prune_once(args, command, parent, before, device, last, start)
     rows = []
     for amount in args.sweep:
-        one = argparse.Namespace(**vars(args) | {"amount": amount, "out": str(parent.out / f"amount-{amount}")})
-        own = parent._replace(model=copy.deepcopy(parent.model), out=Path(one.out))
-        own.out.mkdir(exist_ok=True)
+        one = copy.copy(args)
+        one.amount, one.out = amount, str(parent.out / f"amount-{amount}")
+        Path(one.out).mkdir(exist_ok=True)
+        own = parent._replace(out=Path(one.out))
         rows.append(prune_once(one, command, own, before, device, None, time.perf_counter()))
         if "stopped" in rows[-1]:
             return rows[-1]
@@ -1318,7 +1319,7 @@ def prune_once(args, command, parent, before, device, last, start):
     gradual_run = args.sparsity_schedule == "cubic"  # nothing goes before it is trained
     for turn in range(entry["turn"], turns):
         if not last:
-            share = 1 - (1 - args.amount) ** (1 / turns)  # of what is left
+            share = args.amount if turns == 1 else 1 - (1 - args.amount) ** (1 / turns)  # of what is left
             if share and not gradual_run:
                 (cut_channels if args.structured else cut_weights)(model, share, args, parent, entry, device)
             metrics = score(model, parent, device)
@@ -1328,7 +1329,8 @@ def prune_once(args, command, parent, before, device, last, start):
             if not gradual_run:
                 save(out / "best.pt", model, metrics=entry["untuned"])
         if args.epochs:
-            one = argparse.Namespace(**vars(args) | {"epochs": max(1, args.epochs // turns)})
+            one = copy.copy(args)
+            one.epochs = max(1, args.epochs // turns)
             objective = train.make_objective(
                 one, model, parent.train_set, out, device, teacher=parent.model, kl=args.kl,
                 temperature=args.temperature,
