@@ -967,13 +967,14 @@ def compensate(model, keep, images, *, ridge):
                 return
             done.add(name)
             matrix, shifts = as_matrix(layer).clone(), []
-            for rows, mean, covariance in group_blocks(layer, *moments(layer, args[0])):
+            mean, covariance = moments(layer, args[0])
+            if isinstance(layer, nn.ConvTranspose2d):  # outputs get unlike numbers of taps: no bias makes up for all
+                mean, covariance = torch.zeros_like(mean), covariance + mean.outer(mean)
+            for rows, mean, covariance in group_blocks(layer, mean, covariance):
                 matrix[rows], shift = refit(matrix[rows], mean, covariance, kept.to(mean.device), ridge)
                 shifts.append(shift)
             set_matrix(layer, matrix)
             shift = torch.cat(shifts)
-            if isinstance(layer, nn.ConvTranspose2d):  # on average an output gets that part of the taps
-                shift = shift / math.prod(layer.stride)
             if layer in norm_after:
                 norm_after[layer].running_mean -= shift
             elif layer.bias is not None:
