@@ -967,10 +967,10 @@ def compensate(model, keep, images, *, ridge):
                 return
             done.add(name)
             matrix, shifts = as_matrix(layer).clone(), []
-            mean, covariance = moments(layer, args[0])
+            middle, spread = moments(layer, args[0])
             if isinstance(layer, nn.ConvTranspose2d):  # outputs get unlike numbers of taps: no bias makes up for all
-                mean, covariance = torch.zeros_like(mean), covariance + mean.outer(mean)
-            for rows, mean, covariance in group_blocks(layer, mean, covariance):
+                middle, spread = torch.zeros_like(middle), spread + middle.outer(middle)
+            for rows, mean, covariance in group_blocks(layer, middle, spread):
                 matrix[rows], shift = refit(matrix[rows], mean, covariance, kept.to(mean.device), ridge)
                 shifts.append(shift)
             set_matrix(layer, matrix)
