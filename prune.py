@@ -756,31 +756,34 @@ class Residual:
 
     def __init__(self, weight, covariance, ridge):
         covariance = covariance.double()
-        self.weight = weight.double()
-        total = torch.einsum("oit,ij,ojt->", self.weight, covariance, self.weight).item()
-        self.scale = 1 / max(total, 1e-30)
+        self.rows = weight.double().transpose(1, 2).flatten(0, 1).contiguous()  # (outputs * taps, inputs)
+        self.taps = weight.shape[2]
+        self.scale = 1 / max(((self.rows @ covariance) * self.rows).sum().item(), 1e-30)
         covariance = covariance + ridge * covariance.diag().mean().clamp(min=1e-12) * torch.eye(len(covariance))
         self.inverse = torch.linalg.inv(covariance)
         self.gone = torch.zeros(len(covariance), dtype=torch.bool)
 
+    @property
+    def weight(self):
+        """(outputs, inputs, taps), as it has become."""
+        return self.rows.unflatten(0, (-1, self.taps)).transpose(1, 2)
+
     def errors(self):
         """Of each single input, inf where it is gone."""
-        errors = self.scale * self.weight.square().sum((0, 2)) / self.inverse.diag().clamp(min=1e-30)
+        errors = self.scale * self.rows.square().sum(0) / self.inverse.diag().clamp(min=1e-30)
         return errors.masked_fill(self.gone, math.inf)
 
     def set_error(self, indices):
         """Of inputs that go together."""
-        block = torch.linalg.inv(self.inverse[indices][:, indices])
-        w = self.weight[:, indices]
-        return self.scale * torch.einsum("oit,ij,ojt->", w, block, w).item()
+        w = self.rows[:, indices]
+        return self.scale * ((w @ torch.linalg.inv(self.inverse[indices][:, indices])) * w).sum().item()
 
     def remove(self, indices):
         """Take inputs out: the weights of the others make up for them."""
-        block = torch.linalg.inv(self.inverse[indices][:, indices])
-        rows = block @ self.inverse[indices]  # (P, inputs)
-        self.weight = self.weight - torch.einsum("opt,pi->oit", self.weight[:, indices], rows)
-        self.inverse = self.inverse - self.inverse[:, indices] @ rows
-        self.weight[:, indices] = 0
+        others = torch.linalg.solve(self.inverse[indices][:, indices], self.inverse[indices])  # (P, inputs)
+        self.rows.addmm_(self.rows[:, indices], others, alpha=-1)
+        self.inverse.addmm_(self.inverse[:, indices], others, alpha=-1)
+        self.rows[:, indices] = 0
         self.gone[indices] = True
 
 
