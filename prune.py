@@ -1324,7 +1324,7 @@ def prune_once(args, command, parent, before, device, last, start):
     for turn in range(entry["turn"], turns):
         if not last:
             share = args.amount if turns == 1 else 1 - (1 - args.amount) ** (1 / turns)  # of what is left
-            if share and not gradual_run:
+            if (share or args.pattern) and not gradual_run:
                 (cut_channels if args.structured else cut_weights)(model, share, args, parent, entry, device)
             metrics = score(model, parent, device)
             entry |= {"turn": turn, "untuned": {k: metrics[k] for k in ("miou", "macc", "aacc")}}
