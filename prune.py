@@ -679,7 +679,7 @@ class Costs:
     """
 
     def __init__(self, model, groups, places, attention, target, tables=None, scope="all"):
-        self.groups, self.places, self.target, self.tables, self.scope = groups, places, target, tables, scope
+        self.places, self.target, self.tables, self.scope = places, target, tables, scope
         self.shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         self.attention = [row for row in attention if self.counts(row[0])]
         self.members = [  # for each group: {weight: {dimension: slices of one unit}}
