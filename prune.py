@@ -1407,9 +1407,10 @@ def hooks_of(model, args, parent, last):
     if args.sparsity_schedule == "oneshot":
         return {"score_first": True, "after_step": train.keep_zeros(every)}
     weights, _ = weights_in(model, args.scope)
+    steps = 2 if args.dry_run else train.total_steps(args, parent.train_set)
     grow, end = gradual(
-        weights, amount=args.amount, score=args.score, first=last["training"]["step"] if last else 0,
-        steps=train.total_steps(args, parent.train_set), interval=args.interval,
+        weights, amount=args.amount, score=args.score, first=last["training"]["step"] if last else 0, steps=steps,
+        interval=args.interval,
     )  # fmt: skip
     hold = train.keep_zeros({name: w for name, w in every.items() if name not in weights})
 
