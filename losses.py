@@ -284,23 +284,137 @@ def bce_dice(logits, target, *, ignore_index=255, **options):
 
 
 # ---- distillation ----
+#
+# Those of logits take them where the label is: (N, K, H, W), after the network's resizing, and a teacher's of the same
+# shape. Those of features take maps (N, C, h, w) or tokens (N, T, C) of an encoder, the student's already as wide as
+# the teacher's, and which of these places show a labelled pixel. A teacher never gets a gradient.
 
 
 @_in_float32
-def distillation(logits, target, *, teacher, temperature=1.0, ignore_index=255):
+def distillation(logits, target, *, teacher, temperature=1.0, ignore_index=255, boundary_weight=0.0, boundary_width=3):
     """T^2 KL(teacher || student) of softmax(logits / T), summed over the classes (Hinton et al. 2015, section 2).
 
-    teacher: logits of the same shape, which get no gradient. The mean is over the valid pixels of all ranks, so that
-    neither K, nor the size of the images or the batch, nor what is ignored changes the weight of the term.
+    The mean is over the valid pixels of all ranks, so that neither K, nor the size of the images or the batch, nor what
+    is ignored changes the weight of the term. boundary_weight W: the mean over the pixels off boundary_map() plus W
+    times the mean over those on it, which are few (after Liu et al. 2024, Boundary Privileged Knowledge Distillation).
     """
+    student, teacher = ((x / temperature).log_softmax(1) for x in (logits, _like(teacher, logits)))  # (N, K, H, W)
+    divergence = temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="none").sum(1)  # (N, H, W)
+    valid = target != ignore_index
+    if not boundary_weight:
+        return _global_mean((divergence * valid).sum(), valid.sum())
+    edge = boundary_map(target, ignore_index, boundary_width)
+    body, edge = (_global_mean((divergence * part).sum(), part.sum()) for part in (valid & ~edge, edge))
+    return body + boundary_weight * edge
+
+
+@_in_float32
+def channel_distillation(logits, target, *, teacher, temperature=4.0, ignore_index=255):
+    """T^2 KL(teacher || student) of softmax(logits / T) over the pixels of a class map, the mean over maps and images.
+
+    Channel-wise distillation (Shu et al. 2021): where in the image a class is, not which class a pixel has.
+    """
+    valid = (target != ignore_index)[:, None]
+    far = torch.finfo(logits.dtype).min / 2  # -inf would make the gradient of an image without a label NaN
+    student, teacher = (
+        (x / temperature).masked_fill(~valid, far).flatten(2).log_softmax(2) for x in (logits, _like(teacher, logits))
+    )  # (N, K, H * W)
+    divergence = F.kl_div(student, teacher, log_target=True, reduction="none") * valid.flatten(2)
+    return temperature**2 * _global_mean(divergence.sum(2).mean(1).sum(), valid.flatten(1).any(1).sum())
+
+
+@_in_float32
+def relation_distillation(logits, target, *, teacher, ignore_index=255):
+    """1 - Pearson correlation of teacher's and student's probabilities over the classes of each pixel, plus the same
+    over the pixels of each class and image (DIST, Huang et al. 2022).
+
+    A class map of the teacher without any contrast has no correlation, and is left out.
+    """
+    valid = (target != ignore_index)[:, None]
+    student, teacher = (x.softmax(1) for x in (logits, _like(teacher, logits)))
+    between, _ = _correlation(student, teacher, torch.ones_like(valid), 1)  # (N, 1, H, W)
+    within, there = _correlation(student.flatten(2), teacher.flatten(2), valid.flatten(2), 2)  # (N, K, 1)
+    pixels = _global_mean(((1 - between) * valid).sum(), valid.sum())
+    return pixels + _global_mean(((1 - within) * there).sum(), there.sum())
+
+
+def _like(teacher, logits):
+    """The teacher's logits in the student's dtype, without a gradient. Raises ValueError for another shape."""
     if teacher.shape != logits.shape:
         raise ValueError(f"the teacher's logits are {tuple(teacher.shape)}, the student's {tuple(logits.shape)}")
-    student, teacher = (
-        (x.to(logits.dtype) / temperature).log_softmax(1) for x in (logits, teacher.detach())
-    )  # (N, K, H, W)
-    divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(1)  # (N, H, W)
-    valid = target != ignore_index
-    return temperature**2 * _global_mean((divergence * valid).sum(), valid.sum())
+    return teacher.detach().to(logits.dtype)
+
+
+def _correlation(a, b, valid, dim):
+    """(Pearson correlation along `dim`, which it keeps, over what is valid; where b varies at all)."""
+    count = valid.sum(dim, keepdim=True).clamp(min=1)
+    a, b = ((x - (x * valid).sum(dim, keepdim=True) / count) * valid for x in (a, b))
+    square = b.square().sum(dim, keepdim=True)
+    length = (a.square().sum(dim, keepdim=True) + 1e-12).sqrt() * (square + 1e-12).sqrt()
+    return (a * b).sum(dim, keepdim=True) / length, square > 1e-6
+
+
+def _of_features(loss):
+    """Decorator: run `loss` on float32 (or float64) features with autocast off, the teacher's without a gradient."""
+
+    @functools.wraps(loss)
+    def run(student, teacher, valid):
+        with torch.autocast(student.device.type, enabled=False):
+            student = student if student.dtype == torch.float64 else student.float()
+            return loss(student, teacher.detach().to(student.dtype), valid)
+
+    return run
+
+
+def places(target, size, covers, ignore_index=255):
+    """(N, h, w) bool: which cells of feature maps of `size` (h, w) have a labelled pixel of target (N, H, W).
+
+    covers: (rows, columns) of the padded image that the maps are of.
+    """
+    labelled = (target != ignore_index).float()[:, None]
+    rows, columns = (n - m for n, m in zip(covers, target.shape[1:], strict=True))
+    return F.adaptive_max_pool2d(F.pad(labelled, (0, columns, 0, rows)), size)[:, 0] > 0
+
+
+def on_grid(x, covers, size, covers_too):
+    """Maps x (N, C, h, w) of an image padded to `covers` (rows, columns), at the cells of maps of `size` of the image
+    padded to `covers_too`: bilinear samples where the stride or the padding is another."""
+    if x.shape[-2:] == size and covers == covers_too:
+        return x
+    both = zip(size, covers_too, covers, strict=True)
+    rows, columns = ((2 * torch.arange(n, device=x.device) + 1) / n * to / own - 1 for n, to, own in both)
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1).to(x.dtype)  # (h, w, 2): x, y
+    return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), padding_mode="border", align_corners=False)
+
+
+@_of_features
+def cosine_distillation(student, teacher, valid):
+    """1 - cosine similarity along the channels of maps (N, C, h, w), the mean over the valid (N, h, w) places."""
+    return _global_mean(((1 - F.cosine_similarity(student, teacher, dim=1)) * valid).sum(), valid.sum())
+
+
+@_of_features
+def generation_distillation(student, teacher, valid):
+    """Squared error of maps (N, C, h, w) to the teacher's, each of whose places is normalised over the channels, the
+    mean over the valid (N, h, w) ones and the channels (masked generative distillation, Yang et al. 2022)."""
+    wanted = F.layer_norm(teacher.movedim(1, -1), teacher.shape[1:2]).movedim(-1, 1)
+    return _global_mean(((student - wanted).square().mean(1) * valid).sum(), valid.sum())
+
+
+@_of_features
+def projection_distillation(student, teacher, valid):
+    """Attention-based layer projection (ALP-KD, Passban et al. 2021) -> (loss, attention (S, L)).
+
+    student: tokens (S, N, T, C) of its S layers. teacher: those of its L layers (L, N, T, C). Each token attends, by
+    scaled dot product, to the same token in all layers of the teacher; the loss is the squared error to the mix, the
+    mean over layers, channels and the valid (N, T) tokens. All are normalised first, without parameters: the few
+    channels in which transformers keep huge numbers would decide everything alone. attention: its mean over the tokens.
+    """
+    student, teacher = (F.layer_norm(x, x.shape[-1:]) for x in (student, teacher))
+    attention = (torch.einsum("sntc,lntc->sntl", student, teacher) / student.shape[-1] ** 0.5).softmax(-1)
+    mix = torch.einsum("sntl,lntc->sntc", attention, teacher)
+    mean = _mean((attention.detach() * valid[..., None]).sum((1, 2)), valid.sum())
+    return _global_mean(((student - mix).square().mean((0, 3)) * valid).sum(), valid.sum()), mean
 
 
 # ---- sets of masks: what Mask2Former is trained with ----

@@ -23,7 +23,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,6 +177,7 @@ class Dinov2(nn.Module):
     """DINOv2 (Oquab et al. 2023) from transformers: LayerNorm-ed patch tokens of the tapped layers as feature maps.
 
     The position embedding is interpolated to the grid of the input, so every multiple of 14 goes through.
+    states: also give the tokens (N, T, C) of all layers, the embedding's first.
     """
 
     def __init__(self, body, hidden, taps):
@@ -185,13 +186,14 @@ class Dinov2(nn.Module):
         body.embeddings.mask_token.requires_grad_(False)  # only self-supervised pre-training uses it
         self.channels, self.strides = [hidden] * taps, [14] * taps
 
-    def forward(self, x):
+    def forward(self, x, *, states=False):
         # The CPU's fused attention kernel has a slow backward pass: plain matrix products train up to 1.4x faster.
         attention = "eager" if self.training and torch.is_grad_enabled() and x.device.type == "cpu" else "sdpa"
         if attention != self.attention:
             self.body.set_attn_implementation(attention)
             self.attention = attention
-        return list(self.body(pixel_values=x).feature_maps)
+        out = self.body(pixel_values=x, output_hidden_states=states)
+        return (list(out.feature_maps), out.hidden_states) if states else list(out.feature_maps)
 
 
 def _dilate(stage, dilation):
@@ -222,7 +224,7 @@ def _build_dinov2(row, taps, _output_stride, load):
 
     numbers = dict(row.numbers)
     layers = numbers["num_hidden_layers"]
-    out = [layers * (i + 1) // 4 for i in range(4)][-taps:]  # e.g. after layers 3, 6, 9 and 12
+    out = [layers * (i + 1) // 4 for i in range(4)][-taps:]  # e.g. after layers 3, 6, 9 and 12; 0: the embedding
     config = Dinov2Config(**numbers, image_size=518, patch_size=14, out_indices=out)
 
     def scratch():
@@ -231,7 +233,7 @@ def _build_dinov2(row, taps, _output_stride, load):
             _start_transformer(body, numbers["hidden_size"])
         return body
 
-    body, loaded = _transformers_body(Dinov2Backbone, row, load, scratch, out_indices=out)
+    body, loaded = _transformers_body(Dinov2Backbone, row, load, scratch, out_indices=out, num_hidden_layers=layers)
     return Dinov2(body, numbers["hidden_size"], taps), loaded
 
 
@@ -1086,10 +1088,13 @@ class SegmentationModel(nn.Module):
         """(H, W), each up to the next multiple of the stride; in a form that torch.export can divide by the stride."""
         return tuple((n + self.stride - 1) // self.stride * self.stride for n in size)
 
-    def encode(self, images):
-        """(N, 3, H, W) -> feature maps, finest first, of the input padded right and bottom to its stride."""
+    def encode(self, images, **options):
+        """(N, 3, H, W) -> feature maps, finest first, of the input padded right and bottom to its stride.
+
+        options: of the backbone; states=True, of a DINOv2: (feature maps, tokens of all layers).
+        """
         (h, w), (height, width) = images.shape[-2:], self.padded(images.shape[-2:])
-        return self.backbone(F.pad(images, (0, width - w, 0, height - h)))
+        return self.backbone(F.pad(images, (0, width - w, 0, height - h)), **options)
 
     def decode(self, features):
         """Feature maps -> logits (N, K, h, w) over the padded input."""
@@ -1121,21 +1126,22 @@ def _row(table, name, flag):
 
 def build_model(
     *, num_classes, model=None, backbone=None, head=None, taps=4, norm="batch", dropout=0.0, fuse=True,
-    upsample="bilinear", output_stride=None, aux=False, width=None, pretrained="no", freeze_backbone=None,
+    upsample="bilinear", output_stride=None, aux=False, width=None, layers=None, pretrained="no", freeze_backbone=None,
 ):  # fmt: skip
     """Build a network: a row of BACKBONES with one of HEADS (dinov2-small + fpn where left out), or one of NETWORKS.
 
     model: a whole network, instead of backbone and head; it knows some of the options only.
     taps: 1 or 4 feature maps. norm, dropout, fuse: of the head. upsample: bilinear or learned. output_stride: 8, 16 or
     32 for a convolutional backbone (None: what the head does best with). aux: auxiliary head for training. width:
-    channels of the first stage of a whole network (None: as published).
+    channels of the first stage of a whole network (None: as published). layers: of a DINOv2, the lower ones where it is
+    pretrained (None: as published).
     pretrained: "auto" (use what the hub or its cache has, else none), "require", "no", or a local folder or file.
     freeze_backbone: None freezes a pretrained backbone and trains one from scratch.
     Raises ModelError for unknown names (listing the known ones) and for combinations that make no sense.
     """
     options = dict(
         taps=taps, norm=norm, dropout=dropout, fuse=fuse, upsample=upsample, output_stride=output_stride, aux=aux,
-        width=width,
+        width=width, layers=layers,
     )  # fmt: skip
     checks = [
         (num_classes >= 2, f"num_classes {num_classes}: a network needs two classes or more"),
@@ -1191,6 +1197,13 @@ def _build_pair(backbone, head, num_classes, load, options):
     if options["width"] is not None:
         known = [name for name, network in NETWORKS.items() if "width" in network.options]
         raise ModelError(f"--width is for --model {', '.join(known)}, not for --backbone and --head")
+    if options["layers"] is not None:
+        most, least = row.numbers.get("num_hidden_layers"), 3 if options["taps"] > 1 else 1
+        if most is None:
+            raise ModelError(f"--layers is of a DINOv2 backbone, not of {backbone}")
+        if not least <= options["layers"] <= most:
+            raise ModelError(f"--layers {options['layers']}: {backbone} with this --taps takes {least} to {most}")
+        row = replace(row, numbers=row.numbers | {"num_hidden_layers": options["layers"]})
     stride = options["output_stride"] or head_row.output_stride
     body, loaded = row.build(row, options["taps"], stride, load)
     fuse = {"fuse": options["fuse"]} if head_row.fusable else {}

@@ -74,18 +74,26 @@ class Objective(nn.Module):
         if self.loss is None:
             head = self.model.head
             return losses.mask_set_loss(head.queries(features), target, self.ignore_index, stride=head.stride)
-        # contiguous: in channels_last, what the network computes in, the softmax over K classes is slower on a CPU
-        size = target.shape[-2:]
-        logits = [self.model.resize(x.float().contiguous(), size) for x in self.model.predictions(features)]
-        first, *others = (self.loss(x, target) for x in logits)
-        total = first + self.aux_weight * sum(others)
+        total, logits = self.supervised(features, target)
         if self.teacher:
             with torch.no_grad():
                 expected = self.teacher[0](images).float()
             total = total + self.kl * losses.distillation(
-                logits[0], target, teacher=expected, temperature=self.temperature, ignore_index=self.ignore_index
+                logits, target, teacher=expected, temperature=self.temperature, ignore_index=self.ignore_index
             )
         return total
+
+    def supervised(self, features, target):
+        """The loss of the labels, and the logits (N, K, H, W) in float32, at the target's size."""
+        # contiguous: in channels_last, what the network computes in, the softmax over K classes is slower on a CPU
+        size = target.shape[-2:]
+        logits = [self.model.resize(x.float().contiguous(), size) for x in self.model.predictions(features)]
+        first, *others = (self.loss(x, target) for x in logits)
+        return first + self.aux_weight * sum(others), logits[0]
+
+    def report(self):
+        """What else an epoch's row of history.csv tells: {name: number} of the steps since the last call."""
+        return {}
 
 
 # ---- optimizer, learning rate, weight average -----------------------------------------------------------------------
@@ -382,6 +390,7 @@ class Keeper:
         loss = _over_processes(state["loss_sum"], self.device) / _over_processes(state["loss_count"], self.device)
         row = dict(epoch=epoch + 1, step=state["step"], lr=self.optimizer.param_groups[-1]["lr"], loss=loss)
         self.demand_finite()
+        row.update(self.objective.report())
         if evaluate:
             row.update(self.evaluate())
         row.update(images_per_second=round(images_per_second, 2), seconds=round(self.seconds(), 2))
@@ -563,6 +572,7 @@ def add_model_args(parser):
     add("--output-stride", type=int, choices=(8, 16, 32), help="of a convolutional backbone; left out: the head's")
     add("--aux", action=yes_no, default=default["aux"], help="auxiliary FCN head while training")
     add("--width", type=int, metavar="N", help="of unet: channels of the first stage; left out: 64")
+    add("--layers", "--student-layers", type=int, metavar="N", help="of a DINOv2 backbone; left out: all")
     add("--pretrained", default="auto", metavar="auto|require|PATH", help="hub weights if to be had, or a local copy")
     add("--no-pretrained", dest="pretrained", action="store_const", const="no", help="train from scratch")
     add("--freeze-backbone", action=yes_no, help="left out: frozen if pretrained, trained from scratch otherwise")
@@ -630,7 +640,7 @@ def get_parser():
 FIXED_FLAGS = ("dataset", "size", "crop", "batch_size", "seed", "optimizer", "ema", "amp", "void_as_class",
                "train_share", "val_drives")  # fmt: skip
 NETWORK_FLAGS = ("model", "backbone", "head", "taps", "norm", "dropout", "fuse", "upsample", "output_stride", "aux",
-                 "width", "pretrained", "freeze_backbone")  # fmt: skip
+                 "width", "layers", "pretrained", "freeze_backbone")  # fmt: skip
 
 
 # ---- what every script that trains shares ---------------------------------------------------------------------------
@@ -885,7 +895,8 @@ def make_network(args, num_classes, last):
     model = models.build_model(
         num_classes=num_classes, model=args.model, backbone=args.backbone, head=args.head, taps=args.taps,
         norm=args.norm, dropout=args.dropout, fuse=args.fuse, upsample=args.upsample, output_stride=args.output_stride,
-        aux=args.aux, width=args.width, pretrained=args.pretrained, freeze_backbone=args.freeze_backbone,
+        aux=args.aux, width=args.width, layers=args.layers, pretrained=args.pretrained,
+        freeze_backbone=args.freeze_backbone,
     )  # fmt: skip
     if model.pretrained_error and rank_and_world()[0] == 0:
         print(f"*** NO PRETRAINED WEIGHTS: {model.pretrained_error}", file=sys.stderr)
