@@ -425,6 +425,7 @@ def make_run(args, kind, teacher, parent, device, last=None):
         raise ModelError(f"{name} has a loss of its own, on masks: it can teach, but not be taught")
     boundary = dict(boundary_weight=args.boundary_kl, boundary_width=args.boundary_width)
     loss = train.make_loss(args, model, parent.train_set, Path(args.out))
+    torch.manual_seed(args.seed)  # whatever was drawn before, the projections start alike
     objective = Distiller(
         model, loss, teacher, weights, aux_weight=args.aux_weight, ignore_index=parent.train_set.info.ignore_index,
         temperature=args.temperature, boundary=boundary,
@@ -576,7 +577,7 @@ def draw_layers(attention, path):
 
     figure = Figure(figsize=(7, 1.5 + 0.35 * len(attention)), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(attention, vmin=0, aspect="auto", cmap="viridis")
+    image = axis.imshow(attention.numpy(), vmin=0, aspect="auto", cmap="viridis")
     axis.set(xlabel="layer of the teacher (0: the embedding)", ylabel="layer of the student")
     axis.set_xticks(range(attention.shape[1]))
     axis.set_yticks(range(len(attention)), [str(i + 1) for i in range(len(attention))])

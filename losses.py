@@ -347,6 +347,7 @@ def _like(teacher, logits):
 
 def _correlation(a, b, valid, dim):
     """(Pearson correlation along `dim`, which it keeps, over what is valid; where b varies at all)."""
+    valid = valid.expand_as(a)
     count = valid.sum(dim, keepdim=True).clamp(min=1)
     a, b = ((x - (x * valid).sum(dim, keepdim=True) / count) * valid for x in (a, b))
     square = b.square().sum(dim, keepdim=True)

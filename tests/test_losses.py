@@ -1,6 +1,8 @@
 """losses.py against hand-computed tables, brute-force loops and PyTorch's own functions."""
 
 import dataclasses
+import functools
+import itertools
 import math
 import os
 
@@ -618,11 +620,19 @@ def test_class_weights_are_a_buffer():
     assert not list(loss.parameters())
 
 
-# ---- distillation against torch's own divergence ----
+# ---- distillation, of logits ----
+
+TAUGHT = {
+    "response": losses.distillation,
+    "softened": functools.partial(losses.distillation, temperature=4.0),
+    "boundary": functools.partial(losses.distillation, boundary_weight=2.0, boundary_width=1),
+    "channel": losses.channel_distillation,
+    "relation": losses.relation_distillation,
+}
 
 
-def taught(teacher, **options):
-    return lambda logits, target: losses.distillation(logits, target, teacher=teacher, **options)
+def taught(name, teacher):
+    return lambda logits, target: TAUGHT[name](logits, target, teacher=teacher)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
@@ -631,41 +641,199 @@ def test_distillation_is_torchs_divergence_on_the_valid_pixels(temperature):
     valid = target != IGNORE
     rows = (x.movedim(1, -1)[valid].div(temperature).log_softmax(1) for x in (student, teacher))
     expected = temperature**2 * F.kl_div(*rows, reduction="batchmean", log_target=True)
-    torch.testing.assert_close(taught(teacher, temperature=temperature)(student, target), expected)
+    found = losses.distillation(student, target, teacher=teacher, temperature=temperature)
+    torch.testing.assert_close(found, expected)
 
 
-def test_distillation_of_a_perfect_student_and_of_nothing_is_zero():
+def test_boundaries_weigh_beside_the_rest_not_by_their_number():
+    (student, target), (teacher, _) = batch(4, ignored=0.1), batch(4, seed=1)
+    target[:, :, :3] = 1  # few pixels off a boundary otherwise
+    edge = losses.boundary_map(target, IGNORE, 1)
+    parts = [target.masked_fill(off, IGNORE) for off in (edge, ~edge)]
+    body, edge = (losses.distillation(student, part, teacher=teacher) for part in parts)
+    assert body > 0
+    assert edge > 0
+    torch.testing.assert_close(taught("boundary", teacher)(student, target), body + 2 * edge)
+
+
+def test_channel_distillation_is_a_loop_over_images_and_classes():
+    (student, target), (teacher, _) = batch(4), batch(4, seed=1)
+    maps = []
+    for s, t, y in zip(student, teacher, target, strict=True):
+        for k in range(4):
+            p, q = (x[k][y != IGNORE].div(4).softmax(0) for x in (s, t))
+            maps.append(16 * (q * (q / p).log()).sum())
+    torch.testing.assert_close(taught("channel", teacher)(student, target), torch.stack(maps).mean())
+
+
+def test_relation_distillation_is_numpys_correlation():
+    (student, target), (teacher, _) = batch(4), batch(4, seed=1)
+    between, within = [], []
+    for s, t, y in zip(student.softmax(1), teacher.softmax(1), target, strict=True):
+        s, t = (x[:, y != IGNORE].numpy() for x in (s, t))  # (K, pixels)
+        between += [np.corrcoef(s[:, i], t[:, i])[0, 1] for i in range(s.shape[1])]
+        within += [np.corrcoef(s[k], t[k])[0, 1] for k in range(4)]
+    expected = 2 - np.mean(between) - np.mean(within)
+    assert taught("relation", teacher)(student, target).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_class_without_contrast_in_the_teacher_counts_nowhere():
+    (student, target), (teacher, _) = batch(4), batch(4, seed=1)
+    teacher[:, 2] = -math.inf  # a probability of 0 everywhere
+    teacher = teacher.clamp(min=-1e4)
+    value, gradient = grad(taught("relation", teacher), student, target)
+    assert 0 < value < 4
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_distillation_of_a_perfect_student_and_of_nothing_is_zero(name):
     student, target = batch(4)
-    value, gradient = grad(taught(student), student, target)
-    assert value == pytest.approx(0, abs=1e-6)
-    assert gradient.abs().max() < 1e-7
-    value, gradient = grad(taught(batch(4, seed=1)[0]), student, torch.full_like(target, IGNORE))
+    value, gradient = grad(taught(name, student), student, target)
+    assert value == pytest.approx(0, abs=1e-5)
+    assert gradient.abs().max() < 1e-6
+    teacher = batch(4, seed=1)[0]
+    value, gradient = grad(taught(name, teacher), student, torch.full_like(target, IGNORE))
     assert value == 0
     assert (gradient == 0).all()
+    target[0] = IGNORE  # one image of several
+    value, gradient = grad(taught(name, teacher), student, target)
+    assert value > 0
+    assert gradient.isfinite().all()
+    assert (gradient[0] == 0).all()
 
 
-def test_distillation_does_not_depend_on_batch_size_or_ignored_pixels():
+@pytest.mark.parametrize("name", TAUGHT)
+def test_distillation_does_not_depend_on_batch_size_or_ignored_pixels(name):
     (student, target), (teacher, _) = batch(4), batch(4, seed=1)
-    value = taught(teacher)(student, target)
-    twice = (torch.cat([x, x]) for x in (teacher, student, target))
-    torch.testing.assert_close((lambda t, x, y: taught(t)(x, y))(*twice), value)
+    value = taught(name, teacher)(student, target)
+    student2, target2, teacher2 = (torch.cat([x, x]) for x in (student, target, teacher))
+    torch.testing.assert_close(taught(name, teacher2)(student2, target2), value)
     moved = student + 9 * (target == IGNORE).unsqueeze(1) * torch.arange(4).view(4, 1, 1)
-    torch.testing.assert_close(taught(teacher)(moved, target), value)
+    torch.testing.assert_close(taught(name, teacher)(moved, target), value)
 
 
-def test_distillation_in_half_precision_is_finite_and_the_teacher_gets_no_gradient():
+@pytest.mark.parametrize("name", TAUGHT)
+def test_distillation_in_half_precision_is_finite_and_the_teacher_gets_no_gradient(name):
     (student, target), (teacher, _) = batch(4, scale=300.0, dtype=torch.bfloat16), batch(4, scale=300.0, seed=1)
     teacher.requires_grad_()
-    value, gradient = grad(taught(teacher), student, target)
+    value, gradient = grad(taught(name, teacher), student, target)
     assert value.dtype == torch.float32
     assert value.isfinite()
     assert gradient.isfinite().all()
     assert teacher.grad is None
 
 
-def test_distillation_wants_logits_of_one_shape():
+@pytest.mark.parametrize("name", TAUGHT)
+def test_distillation_wants_logits_of_one_shape(name):
     with pytest.raises(ValueError, match=r"teacher's logits are \(2, 5, 7, 5\)"):
-        taught(batch(5)[0])(*batch(4))
+        taught(name, batch(5)[0])(*batch(4))
+
+
+# ---- distillation, of features ----
+
+
+def features(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens_loss(student, teacher, valid):
+    """Layer projection of maps (N, C, h, w), as tokens of one layer and of a teacher of one."""
+    student, teacher = (x.flatten(2).mT[None] for x in (student, teacher))
+    return losses.projection_distillation(student, teacher, valid.flatten(1))[0]
+
+
+OF_FEATURES = {
+    "cosine": losses.cosine_distillation,
+    "generation": losses.generation_distillation,
+    "projection": tokens_loss,
+}
+
+
+@pytest.mark.parametrize("name", OF_FEATURES)
+def test_distillation_of_features_is_that_of_the_valid_places_alone(name):
+    loss = OF_FEATURES[name]
+    student, teacher = features(2, 6, 3, 4), features(2, 6, 3, 4, seed=1)
+    valid = features(2, 3, 4, seed=2) > -0.5
+    value = loss(student, teacher, valid)
+    apart = [x.movedim(1, -1)[valid].mT[None, :, :, None] for x in (student, teacher)]  # (1, C, places, 1)
+    torch.testing.assert_close(value, loss(*apart, torch.ones(1, apart[0].shape[2], 1, dtype=torch.bool)))
+    twice = [torch.cat([x, x]) for x in (student, teacher, valid)]
+    torch.testing.assert_close(loss(*twice), value)
+    student.requires_grad_()
+    teacher.requires_grad_()
+    nothing = loss(student, teacher, torch.zeros_like(valid))
+    nothing.backward()
+    assert nothing == 0
+    assert (student.grad == 0).all()
+    assert teacher.grad is None
+    coarse = loss(features(2, 6, 3, 4, scale=300.0).bfloat16(), teacher, valid)
+    assert coarse.dtype == torch.float32
+    assert coarse.isfinite()
+
+
+def test_cosine_distillation_counts_directions_alone():
+    teacher, all_ = features(2, 6, 3, 4), torch.ones(2, 3, 4, dtype=torch.bool)
+    assert losses.cosine_distillation(3 * teacher, teacher, all_) == pytest.approx(0, abs=1e-6)
+    assert losses.cosine_distillation(-teacher, teacher, all_) == pytest.approx(2)
+
+
+def test_generation_distillation_by_hand():
+    teacher = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)  # normalised: -1, 1
+    student = torch.tensor([-1.0, 4.0]).view(1, 2, 1, 1)
+    found = losses.generation_distillation(student, teacher, torch.ones(1, 1, 1, dtype=torch.bool))
+    assert found.item() == pytest.approx((0**2 + 3**2) / 2, abs=1e-3)
+
+
+def test_layer_projection_is_a_loop_over_tokens():
+    student, teacher, valid = features(2, 3, 5, 8), features(4, 3, 5, 8, seed=1), features(3, 5, seed=2) > -0.5
+    errors, followed = [], torch.zeros(2, 4)
+    for s, n, t in itertools.product(range(2), range(3), range(5)):
+        if not valid[n, t]:
+            continue
+        query, *keys = (F.layer_norm(x[n, t], (8,)) for x in (student[s], *teacher))
+        attention = torch.stack([query @ key / 8**0.5 for key in keys]).softmax(0)
+        mix = sum(a * key for a, key in zip(attention, keys, strict=True))
+        errors.append(((query - mix) ** 2).mean())
+        followed[s] += attention / valid.sum()
+    loss, attention = losses.projection_distillation(student, teacher, valid)
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+    torch.testing.assert_close(attention, followed)
+
+
+def test_a_layer_that_is_one_of_the_teachers_follows_it_and_costs_nothing():
+    teacher, valid = features(3, 2, 5, 400), torch.ones(2, 5, dtype=torch.bool)  # 400 channels: next to one-hot
+    loss, attention = losses.projection_distillation(teacher[1:2], teacher, valid)
+    assert loss < 1e-6
+    assert attention[0].argmax() == 1
+
+
+@pytest.mark.parametrize("covers", [(8, 12), (9, 15)])
+def test_places_are_the_cells_with_a_labelled_pixel(covers):
+    target = torch.full((1, 8, 12), IGNORE)
+    target[0, 3, 5] = 1
+    size = (covers[0] // 2, covers[1] // 3)
+    found = losses.places(target, size, covers)
+    rows, columns = 2 * torch.arange(size[0]), 3 * torch.arange(size[1])
+    for i, j in itertools.product(range(size[0]), range(size[1])):
+        inside = rows[i] <= 3 < covers[0] * (i + 1) / size[0] and columns[j] <= 5 < covers[1] * (j + 1) / size[1]
+        assert not inside or found[0, i, j]
+    assert 1 <= found.sum() <= 2  # cells of 9 / 4 pixels share one
+
+
+@pytest.mark.parametrize(("covers", "covers_too"), [((24, 32), (24, 32)), ((24, 32), (28, 28)), ((32, 32), (28, 42))])
+def test_maps_of_another_stride_or_padding_are_sampled_at_the_same_pixels(covers, covers_too):
+    """A map whose value is the row, or the column, of its cell's middle in pixels: so must be its samples."""
+
+    def ramp(shape, covers):
+        rows, columns = ((torch.arange(n) + 0.5) * c / n for n, c in zip(shape, covers, strict=True))
+        return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]
+
+    own, size = tuple(n // 4 for n in covers), tuple(n // 7 for n in covers_too)
+    found, expected = losses.on_grid(ramp(own, covers), covers, size, covers_too), ramp(size, covers_too)
+    inside = ((expected > 2) & (expected < torch.tensor(covers).view(1, 2, 1, 1) - 2)).all(1, keepdim=True)
+    assert inside.any()
+    torch.testing.assert_close(found.where(inside, 0), expected.where(inside, 0))
 
 
 # ---- several processes ----
