@@ -30,6 +30,7 @@ the student follows); the control and the other --seeds stand in folders inside.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import math
@@ -72,12 +73,17 @@ class Teacher(nn.Module):
     def __init__(self, networks, *, flip=False):
         super().__init__()
         self.networks, self.flip = nn.ModuleList(networks).eval().requires_grad_(False), flip
+        self.own_precision = any(hasattr(network, "points") for network in networks)  # int8 wants no autocast around it
 
     def train(self, mode=True):
         return super().train(False)
 
     @torch.no_grad()
     def answer(self, images, *, states=False):
+        with torch.autocast(images.device.type, enabled=False) if self.own_precision else contextlib.nullcontext():
+            return self._answer(images, states)
+
+    def _answer(self, images, states):
         first, size = self.networks[0], images.shape[-2:]
         encoded = first.encode(images, **({"states": True} if states else {}))
         features, tokens = encoded if states else (encoded, ())
@@ -245,8 +251,9 @@ class Distiller(train.Objective):
 # ---- student --------------------------------------------------------------------------------------------------------
 
 
-def make_student(args, teacher, classes):
-    """(student, its checkpoint where it comes from one, else None), as the flags say; prints what it starts from."""
+def make_student(args, parent):
+    """(student, the checkpoint whose weights it starts from or None), as the flags say."""
+    teacher, classes = parent.model, parent.val_set.info.classes
     if args.student:
         model, checkpoint = models.load_checkpoint(args.student)
         if hasattr(model, "points"):
@@ -258,25 +265,26 @@ def make_student(args, teacher, classes):
         if args.init == "teacher":
             raise ModelError("--init teacher: a --student has weights of its own; leave one of them out")
         return model.requires_grad_(True), checkpoint
-    if args.model or args.backbone or args.head:
-        model = train.make_network(args, len(classes), None)
-        init = args.init or "scratch"
-    else:
-        layers = args.layers
-        if layers is None and has_tokens(teacher):
-            layers = min(3, len(teacher.backbone.body.encoder.layer))
-        build = teacher.build | {"layers": layers, "freeze_backbone": False}
-        model = models.build_model(**build)
-        model.pretrained = False
-        init = args.init or ("teacher" if has_tokens(teacher) else "scratch")
+    one, like = copy.copy(args), not (args.model or args.backbone or args.head)
+    if like:  # the teacher's network, but for what the flags say, and of a DINOv2 the layers
+        build = teacher.build | ({"layers": 3} if has_tokens(teacher) else {}) | {"freeze_backbone": False}
+        vars(one).update({k: v for k, v in build.items() if k in vars(one) and is_default(k, vars(one)[k])})
+    init = args.init or ("teacher" if like and has_tokens(teacher) else "scratch")
     if init == "teacher":
-        model.pretrained = teacher.pretrained
+        one.pretrained = "no"
+    model = train.make_network(one, len(classes), None)
+    if init == "teacher":
+        model.pretrained = parent.checkpoint["pretrained"] == "yes"
         print(f"the student starts from the teacher: {start_from(model, teacher, args.init_layers)}")
-    return model, None
+    return model, parent.checkpoint if init == "teacher" else None
+
+
+def is_default(flag, value):
+    return value == make_parser().get_default(flag)
 
 
 def start_from(student, teacher, which):
-    """Copy the teacher's tensors of the same name and shape, of its lower or of evenly spaced layers -> what was copied.
+    """Copy the teacher's tensors of the same name and shape, of its lower or of evenly spaced layers; says which.
 
     Raises ModelError where no tensor of the backbone fits.
     """
@@ -360,11 +368,11 @@ def main(argv=None):
     if args.student and (args.model or args.backbone or args.head or args.layers):
         raise ModelError("--student brings its network: leave out --model, --backbone, --head and --layers")
     with train.process_group(train.start(args)) as device:
-        return run(args, last is not None, command, device, start)
+        return run(args, last, command, device, start)
 
 
-def run(args, resumed, command, device, start):
-    """Score the teacher, train students and controls, report; see main()."""
+def run(args, last, command, device, start):
+    """Score the teacher, train students and controls, report; see main(). last: the last.pt to go on from."""
     parent = train.open_parent(args, device)
     others = [open_teacher(path, parent, device) for path in args.teachers]
     teacher = Teacher([parent.model, *others], flip=args.teacher_flip).to(device)
@@ -374,16 +382,16 @@ def run(args, resumed, command, device, start):
     if rank == 0:
         print(f"teacher: {before['miou']:.2f} mIoU on the {len(parent.val_set)} images of val")
     kinds = ("student", "control") if args.control and args.mode != "none" else ("student",)
-    epochs = epochs_in(args, kinds, teacher, parent, device) if args.minutes and not resumed else {}
+    args.run_epochs = dict.fromkeys(kinds, args.epochs)
+    if args.minutes:
+        args.run_epochs = last["args"]["run_epochs"] if last else epochs_in(args, kinds, teacher, parent, device)
     runs = {kind: [] for kind in kinds}
     for turn in range(args.seeds):
         for kind in kinds:
             one = copy.copy(args)
-            one.seed, one.epochs = args.seed + turn, epochs.get(kind, args.epochs)
+            one.seed, one.epochs = args.seed + turn, args.run_epochs[kind]
             one.out = str(parent.out / (f"seed-{one.seed}" if turn else "") / ("control" if kind == "control" else ""))
-            done = train_one(one, kind, command, teacher, parent, before, device, resumed)
-            if rank:
-                continue
+            done = train_one(one, kind, command, teacher, parent, before, device, resumed=last is not None)
             if done["stopped"]:
                 return {"stopped": done["stopped"], "step": done["step"]}
             runs[kind].append(done)
@@ -409,9 +417,9 @@ def score_alone(model, *, parent, device, workers):
 
 
 def make_run(args, kind, teacher, parent, device, last=None):
-    """(objective, checkpoint of --student or None) of a student or a control; last: the last.pt to go on from."""
+    """(objective, checkpoint that it starts from or None) of a student or a control; last: its last.pt to go on from."""
     train.set_seed(args.seed, deterministic=args.deterministic)
-    model, own = make_student(args, teacher.networks[0], parent.val_set.info.classes)
+    model, source = make_student(args, parent)
     if last:
         model.load_state_dict(last["state_dict"])
     model = model.to(device, memory_format=torch.channels_last)
@@ -419,7 +427,7 @@ def make_run(args, kind, teacher, parent, device, last=None):
     given = {term: getattr(args, f"{term}_weight") for term in TERMS}
     weights = term_weights(args.mode.split("+"), tokens, given)
     if kind == "control" or set(weights) <= {"ce"}:
-        return train.make_objective(args, model, parent.train_set, Path(args.out), device), own
+        return train.make_objective(args, model, parent.train_set, Path(args.out), device), source
     if hasattr(model.head, "queries"):
         name = models.model_name(model.build)
         raise ModelError(f"{name} has a loss of its own, on masks: it can teach, but not be taught")
@@ -430,7 +438,7 @@ def make_run(args, kind, teacher, parent, device, last=None):
         model, loss, teacher, weights, aux_weight=args.aux_weight, ignore_index=parent.train_set.info.ignore_index,
         temperature=args.temperature, boundary=boundary,
     )  # fmt: skip
-    return objective.to(device), own
+    return objective.to(device), source
 
 
 def epochs_in(args, kinds, teacher, parent, device):
@@ -456,19 +464,17 @@ def epochs_in(args, kinds, teacher, parent, device):
     return epochs
 
 
-def train_one(args, kind, command, teacher, parent, before, device, resumed):
+def train_one(args, kind, command, teacher, parent, before, device, *, resumed):
     """One training -> what fit_by_flags() returns, and its objective, folder and epochs."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     last = train.read_last(out / "last.pt", "distill.py") if resumed and (out / "last.pt").is_file() else None
-    if last:
-        args.epochs = max(args.epochs, last["args"]["epochs"])
-    objective, own = make_run(args, kind, teacher, parent, device, last)
-    line = [*own["lineage"], train.ancestor(own)] if own else []
-    if kind == "student":
+    objective, source = make_run(args, kind, teacher, parent, device, last)
+    line = [*source["lineage"], train.ancestor(source)] if source else []
+    if kind == "student" and source is not parent.checkpoint:
         line += [*parent.checkpoint["lineage"], train.ancestor(parent.checkpoint, before["miou"])]
-    steps = own["compression"] if own else []
-    pretrained = own["pretrained"] if own else "yes" if objective.model.pretrained else "no"
+    steps = source["compression"] if args.student else []
+    pretrained = source["pretrained"] if source else "yes" if objective.model.pretrained else "no"
     save = train.saver(
         args, command, data=parent.checkpoint["data"], pretrained=pretrained, lineage=line, compression=steps
     )

@@ -113,6 +113,8 @@ def test_a_quantized_teacher_teaches_nearly_what_the_float_one_does(mode, checkp
         objective = distiller(student, [teacher], weights)
         found.append(objective(images(), labels(teacher.build["num_classes"])))
         found[-1].backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            objective(images(), labels(teacher.build["num_classes"])).backward()
     assert found[0] != found[1]
     torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0)
 
@@ -237,7 +239,7 @@ def test_the_command_makes_a_shallow_student_beside_a_control(checkpoint, tmp_pa
     assert saved["build"] == other["build"]
     assert saved["compression"] == []
     assert saved["lineage"][-1]["id"] == parent["id"]
-    assert other["lineage"] == []
+    assert other["lineage"] == saved["lineage"]  # it has the teacher's lower layers
     assert saved["state_dict"].keys() == student.state_dict().keys()  # no projection, no teacher
     assert done["miou_control"] == [pytest.approx(done["gain"] * -1 + done["miou"])]
     assert done["before"]["miou"] == done["miou_teacher"]
