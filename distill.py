@@ -417,7 +417,7 @@ def score_alone(model, *, parent, device, workers):
 
 
 def make_run(args, kind, teacher, parent, device, last=None):
-    """(objective, checkpoint that it starts from or None) of a student or a control; last: its last.pt to go on from."""
+    """(objective, checkpoint that it starts from or None) of a student or control; last: its last.pt to go on from."""
     train.set_seed(args.seed, deterministic=args.deterministic)
     model, source = make_student(args, parent)
     if last:

@@ -246,6 +246,7 @@ SMALL = "--backbone mit-tiny --head fcn --size 56 70 --crop 56 56 --class-weight
 SCRIPTS = {  # runs of two steps that together show what a script reads
     "train": [SMALL, "--resume", f"{SMALL} --time-steps 1", f"{SMALL} --tensorboard"],
     "evaluate": ["", "--tta --slide 56 56 --slide-stride 28 28", "--images photo.jpg", "--crf 1"],
+    "distill": ["--mode feature --init teacher", "--resume --mode feature", "--mode response --minutes 1 --model enet"],
     "quantize": ["", "--method qat", "--resume --epochs 2", "--max-drop 99 --adaround 1", "--method weight-only"],
     "prune": ["", "--resume", "--structured --kl 1 --steps 2 --round-to 2", "--sparsity-schedule cubic", "--sweep 0.5"],
     "export_onnx": ["--size 56 70"],
@@ -296,7 +297,7 @@ def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, 
                 (tmp_path / (f"{out}.json" if script == "export_onnx" else f"{out}/results.json")).read_text()
             )
             assert written.keys() == done.keys()
-            if script in ("quantize", "prune"):
+            if script in ("distill", "quantize", "prune"):
                 assert done["before"].keys() >= CONTRACT
     shown = {a.dest for parser in parsers for a in parser._actions} - {"help"}
     assert shown - read == set()
