@@ -41,30 +41,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from datasets import (
-    IMAGE_SUFFIXES,
-    DataError,
-    DataInfo,
-    add_option_args,
-    count,
-    decode_image,
-    eval_loader,
-    eval_transform,
-    open_dataset,
-    option_values,
-    positive_float,
-    positive_int,
-)  # fmt: skip
-from models import (
-    ModelError,
-    count_params,
-    fold_batchnorm,
-    fold_layer_scale,
-    load_checkpoint,
-    model_name,
-    one_line,
-    replacing,
-)  # fmt: skip
+import datasets
+import models
+from datasets import DataError, DataInfo, positive_int
+from models import ModelError
 
 CHUNK = 1 << 20  # numbers in one chunk of upsampled logits: 4 MiB of float32, about what a CPU core's cache holds
 TTA_SCALES = (0.75, 1.0, 1.25)
@@ -723,7 +703,7 @@ def run_cli(main):
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if lines[0].startswith("Caught "):  # a loader process sends its traceback as the message; the last line says it
             lines = [lines[-1].partition(": ")[2] or lines[-1]]
-        print("error:", one_line(" ".join(lines), None), file=sys.stderr)
+        print("error:", models.one_line(" ".join(lines), None), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -794,10 +774,10 @@ def weights_mb(path, checkpoint):
 
 def results(model, checkpoint, metrics, *, command, split, seconds, device, path):
     """What every script writes to results.json; `metrics` from evaluate(), {} where nothing was scored."""
-    total, trainable = count_params(model)
+    total, trainable = models.count_params(model)
     classes = checkpoint["data"]["classes"]
     return {
-        "command": command, "model": model_name(checkpoint["build"]), "dataset": checkpoint["data"]["name"],
+        "command": command, "model": models.model_name(checkpoint["build"]), "dataset": checkpoint["data"]["name"],
         "split": split, "pretrained": checkpoint["pretrained"], "compression": checkpoint["compression"],
         "params": total, "trainable_params": trainable, "file_mb": weights_mb(path, checkpoint),
         **{key: metrics.get(key) for key in ("miou", "macc", "aacc", "boundary_iou", "classes_averaged")},
@@ -820,7 +800,7 @@ def write_json(path, obj):
             return None
         return x if x is None or isinstance(x, (bool, int, float, str)) else str(x)
 
-    with replacing(path) as temporary:
+    with models.replacing(path) as temporary:
         temporary.write_text(json.dumps(plain(obj), indent=2) + "\n")
 
 
@@ -875,8 +855,8 @@ def ready(model):
     if hasattr(model, "points"):
         return model
     model = copy.deepcopy(model).eval()
-    fold_batchnorm(model)
-    fold_layer_scale(model)
+    models.fold_batchnorm(model)
+    models.fold_layer_scale(model)
     return model
 
 
@@ -924,16 +904,16 @@ def make_parser():
     add("--data-root", help=f"folder of the data set ({inherit})")
     add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help=f"input size, pixels ({inherit})")
     add("--split", default="val", help="split to score on")
-    add_option_args(add)
+    datasets.add_option_args(add)
     add("--batch-size", type=positive_int, default=1, help="images a batch; does not change the numbers")
-    add("--workers", type=count, default=0, help="processes that load images")
+    add("--workers", type=datasets.count, default=0, help="processes that load images")
     add("--images", metavar="FILE|DIR", help="predict these images instead of scoring a data set")
     add("--tta", action="store_true", help=f"test-time augmentation: scales {TTA_SCALES} and flip")
-    add("--scales", type=positive_float, nargs="+", help="image scales to average over; left out: 1")
+    add("--scales", type=datasets.positive_float, nargs="+", help="image scales to average over; left out: 1")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
     add("--slide", type=positive_int, nargs=2, metavar=("H", "W"), help="sliding window, pixels")
     add("--slide-stride", type=positive_int, nargs=2, metavar=("H", "W"), help="its stride; left out: 2/3 of it")
-    add("--crf", type=count, default=0, metavar="N", help="mean-field steps of a dense CRF on the prediction; 0: none")
+    add("--crf", type=datasets.count, default=0, metavar="N", help="mean-field steps of a dense CRF on the prediction")
     add("--boundary", action=argparse.BooleanOptionalAction, default=True, help="boundary IoU too")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--amp", choices=("auto", "off", "bf16"), default="off", help="mixed precision; off is float32")
@@ -950,9 +930,9 @@ def open_images(path):
         if not path.exists():
             raise DataError(f"--images {path}: no such file or folder")
         return [path]
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in datasets.IMAGE_SUFFIXES)
     if not files:
-        raise DataError(f"--images {path}: the folder holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        raise DataError(f"--images {path}: the folder holds no image ({', '.join(datasets.IMAGE_SUFFIXES)})")
     return files
 
 
@@ -968,11 +948,11 @@ def predict_images(model, info, files, out, *, device, size=None, fit=None, crf=
     stems = [file.stem for file in files]
     written = []
     for file in tqdm(files, desc="predict", leave=False, disable=len(files) < 2):
-        image = decode_image(file)
+        image = datasets.decode_image(file)
         height, width = image.shape[-2:]
         scale = min(fit[0] / height, fit[1] / width) if fit else 1
         seen = size or (max(1, round(height * scale)), max(1, round(width * scale)))
-        batch = eval_transform(info, seen)(tv_tensors.Image(image))[None].to(device)
+        batch = datasets.eval_transform(info, seen)(tv_tensors.Image(image))[None].to(device)
         refine = functools.partial(refine_with_crf, photos=[image], **crf) if crf else None
         ids = predict(model, batch, size=(height, width), refine=refine, **predict_options)[0].cpu()
         name = file.stem if stems.count(file.stem) == 1 else file.name.replace(".", "_")  # a.png beside a.jpg
@@ -995,7 +975,7 @@ def open_scored(
     name = dataset or trained.name
     root = data_root or (checkpoint["args"].get("data_root") if name == trained.name else None)
     options = (trained.options if name == trained.name else {}) | (options or {})  # split rule, void: as trained
-    dataset = open_dataset(name, split, root=root, size=size or trained.size, length=length, options=options)
+    dataset = datasets.open_dataset(name, split, root=root, size=size or trained.size, length=length, options=options)
     ours, theirs = tuple(trained.classes), tuple(dataset.info.classes)
     if ours != theirs:
         odd = sorted(set(ours) ^ set(theirs))
@@ -1025,7 +1005,7 @@ def score(model, dataset, *, device, out, batch_size=1, workers=0, boundary=True
         before.update(torch.stack(labels), ids)
         return refine_with_crf(ids, log_p, photos, **crf)
 
-    loader = eval_loader(dataset, batch_size=batch_size, workers=workers)
+    loader = datasets.eval_loader(dataset, batch_size=batch_size, workers=workers)
     metrics = evaluate(
         model, loader, num_classes=len(info.classes), ignore_index=info.ignore_index, device=device, boundary=boundary,
         progress=True, on_batch=keep_examples, reduce=False, refine=refine if crf else None, **predict_options,
@@ -1060,7 +1040,7 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     files = open_images(args.images) if args.images else None
-    model, checkpoint = load_checkpoint(args.weights, device=device)
+    model, checkpoint = models.load_checkpoint(args.weights, device=device)
     out = out_folder(args.out, "evaluate", dry_run=args.dry_run)
     options = {
         "scales": tuple(scales), "flip": args.tta if args.flip is None else args.flip, "window": args.slide,
@@ -1078,7 +1058,7 @@ def main(argv=None):
     else:
         dataset = open_scored(
             checkpoint, weights=args.weights, dataset=args.dataset, data_root=args.data_root, size=args.size,
-            split=args.split, length=2 if args.dry_run else None, options=option_values(args),
+            split=args.split, length=2 if args.dry_run else None, options=datasets.option_values(args),
         )  # fmt: skip
         loading = {"batch_size": args.batch_size, "workers": args.workers}
         metrics = score(model, dataset, device=device, out=out, boundary=args.boundary, crf=crf, **loading, **options)

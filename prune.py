@@ -147,23 +147,20 @@ def sparsity(state, names):
 
 FIXED, FREE = -1, -2  # index numbers of what cannot go (images, constants), and of zeros that fill up to any width
 
+# names of functions, without underscores, and the i of one in place or the r of one whose operands are swapped
 LAYOUT = {
-    "view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "chunk",
-    "split", "unbind", "narrow", "__getitem__", "cat", "concat", "stack", "roll", "flip", "movedim", "expand", "repeat",
-    "pixel_shuffle", "clone", "detach", "to", "float", "type", "type_as", "view_as", "reshape_as", "__get__", "half",
-    "bfloat16", "double", "swapaxes", "index_select", "tensor_split", "hsplit", "broadcast_to",
+    "cat", "chunk", "expand", "flatten", "flip", "get", "getitem", "movedim", "narrow", "permute", "pixel_shuffle",
+    "reshape", "roll", "split", "squeeze", "stack", "transpose", "unbind", "unflatten", "unsqueeze", "view",
 }  # fmt: skip
 ELEMENTWISE = {
-    "add", "sub", "mul", "div", "pow", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "square", "clamp", "minimum",
-    "maximum", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh", "elu",
-    "mish", "leaky_relu", "softplus", "dropout", "dropout2d", "where", "masked_fill", "eq", "ne", "lt", "le", "gt",
-    "ge", "and", "or", "xor", "invert", "logical_and", "logical_or", "logical_not", "true_divide", "truediv", "bool",
-    "isfinite", "nan_to_num", "lerp", "erf", "round", "floor", "floor_divide", "addcmul", "rsub", "bitwise_not",
-    "bitwise_and", "bitwise_or", "reciprocal", "alpha_dropout", "feature_alpha_dropout", "clamp_min", "clamp_max",
+    "add", "and", "clamp", "clone", "contiguous", "detach", "div", "dropout", "dropout2d", "elu", "eq", "exp", "float",
+    "ge", "gelu", "gt", "hardsigmoid", "hardswish", "hardtanh", "invert", "le", "leaky_relu", "lt", "masked_fill",
+    "maximum", "minimum", "mish", "mul", "ne", "neg", "or", "pow", "relu", "relu6", "rsqrt", "sigmoid", "silu",
+    "softplus", "sqrt", "sub", "tanh", "to", "truediv", "where",
 }  # fmt: skip
-SPATIAL = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample"}
-REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min"}
-LIKE = {"ones_like", "zeros_like", "full_like", "empty_like", "rand_like", "randn_like"}
+SPATIAL = {"adaptive_avg_pool2d", "avg_pool2d", "interpolate", "max_pool2d"}
+REDUCTIONS = {"amax", "amin", "mean", "sum"}
+LIKE = {"ones_like", "zeros_like"}
 
 
 class Channels:
@@ -174,7 +171,7 @@ class Channels:
     """
 
     def __init__(self, traced):
-        self.traced, self.parent, self.members, self.reason, self.ids = traced, [], {}, {}, {}
+        self.parent, self.members, self.reason, self.ids = [], {}, {}, {}
         modules = {module: name for name, module in traced.names.items()}
         self.names = {  # of parameters and buffers, by id; not of those that modules share
             tensor: ".".join(filter(None, (modules[owners[0][0]], owners[0][1])))
@@ -197,6 +194,18 @@ class Channels:
             number = self.parent[number]
         return number
 
+    def unite(self, x, y):
+        x, y = sorted((self.find(x), self.find(y)))
+        self.parent[y] = x
+        if y in self.reason:
+            self.reason.setdefault(x, self.reason[y])
+
+    def pin(self, numbers, why):
+        """The classes of these numbers cannot go."""
+        for number in () if numbers is None else numbers.unique().tolist():
+            if number >= 0:
+                self.reason.setdefault(self.find(number), why)
+
     def join(self, a, b):
         """Number by number, those of two tensors that broadcast -> the numbers of the result."""
         if a is None or b is None:
@@ -213,29 +222,17 @@ class Channels:
         self.pin(b[(b >= 0) & (a == FIXED)], "it is added to what cannot go")
         return torch.maximum(a, b)
 
-    def unite(self, x, y):
-        x, y = self.find(x), self.find(y)
-        if x != y:
-            self.parent[max(x, y)] = min(x, y)
-            if max(x, y) in self.reason:
-                self.reason.setdefault(min(x, y), self.reason[max(x, y)])
-
-    def pin(self, numbers, why):
-        """The classes of these numbers cannot go."""
-        if numbers is not None:
-            for number in numbers.unique().tolist():
-                if number >= 0:
-                    self.reason.setdefault(self.find(number), why)
+    def along(self, ids, dim):
+        """ids with a dimension along which the numbers are joined, to one."""
+        top = ids.amax(dim, keepdim=True)
+        self.join(ids, top.expand_as(ids))
+        return top
 
     def vector(self, ids, dim):
         """One number for each index along a dimension; those that stand at the same index are joined."""
         for d in set(range(ids.dim())) - {dim % ids.dim()}:
             ids = ids.narrow(d, 0, 1) if ids.stride(d) == 0 else ids
-        rows = ids.movedim(dim, 0).flatten(1)  # (C, the rest)
-        first = rows.amax(1)
-        if (rows != first[:, None]).any():
-            self.join(rows, first[:, None].expand_as(rows))
-        return first
+        return self.along(ids.movedim(dim, 0).flatten(1), 1)[:, 0]
 
     def varies(self, ids, dim):
         return ids.stride(dim) != 0 and bool((ids != ids.narrow(dim, 0, 1)).any())
@@ -248,8 +245,7 @@ class Channels:
 
     def note(self, name, dim, numbers):
         """Slices of a parameter along a dimension have these numbers; a layer that is called again has its old ones."""
-        before = self.members.setdefault((name, dim), numbers)
-        return self.join(before, numbers)
+        return self.join(self.members.setdefault((name, dim), numbers), numbers)
 
     def full(self, value):
         ids = self.ids.get(value)
@@ -258,45 +254,38 @@ class Channels:
     def follow(self, call):
         """Set the numbers of what a call makes."""
         name = call.name.strip("_")
-        name = name.removeprefix("i") if call.name.startswith("__i") and name[1:] in ELEMENTWISE else name
-        tracked = [v for v in call.reads if v in self.ids]
-        handler = getattr(self, f"on_{name}", None)
-        if handler is not None:
+        name = name[1:] if call.name.startswith("__") and name[1:] in ELEMENTWISE else name
+        if handler := getattr(self, f"on_{name}", None):
             out = handler(call)
-        elif not tracked:
+        elif not any(value in self.ids for value in call.reads):
             out = None
         elif name in LIKE:
             out = torch.full(call.makes[0].tensor.shape, FREE)
-        elif name in ELEMENTWISE or call.name.strip("_").removeprefix("r") in ELEMENTWISE:
+        elif name in ELEMENTWISE:
             out = self.elementwise(call)
         elif name in SPATIAL:
             out = self.vector(self.full(call.reads[0]), 1).view(1, -1, 1, 1)
-        elif call.name in LAYOUT or name in LAYOUT:
-            out = self.layout(call)
+        elif name in LAYOUT:
+            out = self.layout(call, indexes=name == "getitem")
         elif name in REDUCTIONS:
             out = self.reduction(call)
         else:
-            out = self.stop(call, f"{call.name}() mixes it with others")
+            out = self.stop(call)
         outs = [out] * len(call.makes) if torch.is_tensor(out) else out or []
         for value, ids in zip(call.makes, outs, strict=False):
             if ids is not None and (ids != FIXED).any():
                 self.ids[value] = ids.expand(value.tensor.shape)
 
-    def stop(self, call, why):
+    def stop(self, call, why="{}() mixes it with others"):
         for value in call.reads:
-            self.pin(self.ids.get(value), why)
+            self.pin(self.ids.get(value), why.format(call.name))
 
     def elementwise(self, call):
-        out = None
+        out = functools.reduce(self.join, map(self.ids.get, call.reads))
+        out = out.expand(torch.broadcast_shapes(*(value.tensor.shape for value in call.reads)))
         for value in call.reads:
-            out = self.join(out, self.ids.get(value))
-        shape = torch.broadcast_shapes(*(value.tensor.shape for value in call.reads))
-        out = out.expand(shape)
-        for value in call.reads:
-            if value in self.ids:
-                continue
-            lead = len(shape) - value.tensor.dim()
-            for dim, length in enumerate(value.tensor.shape):
+            lead = out.dim() - value.tensor.dim()
+            for dim, length in enumerate(value.tensor.shape if value not in self.ids else ()):
                 if length > 1 and self.varies(out, dim + lead):
                     if name := self.parameter(value):
                         self.note(name, dim, self.vector(out, dim + lead))
@@ -304,86 +293,63 @@ class Channels:
                         self.pin(out, "it meets a tensor of fixed width")
         return out
 
-    def layout(self, call):
-        replaced = {id(v.tensor): self.full(v) for v in call.reads}
+    def layout(self, call, indexes):
+        """The call itself, on numbers; what an index holds stays what it is."""
+        numbers = {id(v.tensor): self.full(v) for v in call.reads}
 
         def ids(x):
             if torch.is_tensor(x):
-                return replaced[id(x)]
+                return numbers[id(x)]
             return type(x)(map(ids, x)) if type(x) in (list, tuple) else x
 
-        if call.name in ("to", "float", "type", "type_as", "half", "bfloat16", "double", "contiguous"):
-            return self.full(call.reads[0])
-        index = call.name in ("__getitem__", "index_select")  # tensors that index stay what they are
-        args = (ids(call.args[0]), *(call.args[1:] if index else map(ids, call.args[1:])))
-        kwargs = call.kwargs if index else {k: ids(v) for k, v in call.kwargs.items()}
+        first, *rest = call.args
+        args, kwargs = (rest, call.kwargs) if indexes else (ids(rest), {k: ids(v) for k, v in call.kwargs.items()})
         try:
-            out = call.function(*args, **kwargs)
+            out = call.function(ids(first), *args, **kwargs)
         except (RuntimeError, TypeError, IndexError):
-            return self.stop(call, f"{call.name}() moves it in ways not followed")
+            return self.stop(call, "{}() moves it in ways not followed")
         return out if torch.is_tensor(out) else list(out)
 
     def reduction(self, call):
-        x = self.full(call.reads[0])
-        dims = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
-        keep = call.kwargs.get("keepdim", call.args[2] if len(call.args) > 2 else False)
-        if dims is None or torch.is_tensor(dims):
-            return self.stop(call, f"{call.name}() mixes it with others")
-        dims = (dims,) if isinstance(dims, int) else tuple(dims)
-        if any(self.varies(x, d) for d in dims):
-            return self.stop(call, f"{call.name}() mixes it with others")
+        x, dims = self.full(call.reads[0]), argument(call, 1, "dim")
+        dims = (dims,) if isinstance(dims, int) else dims
+        if dims is None or torch.is_tensor(dims) or any(self.varies(x, d) for d in dims):
+            return self.stop(call)
         for d in sorted((d % x.dim() for d in dims), reverse=True):
-            x = x.narrow(d, 0, 1) if keep else x.select(d, 0)
+            x = x.narrow(d, 0, 1) if argument(call, 2, "keepdim") else x.select(d, 0)
         return x
 
     def on_pad(self, call):
-        padding = call.args[1] if len(call.args) > 1 else call.kwargs["pad"]
-        mode = call.kwargs.get("mode", call.args[2] if len(call.args) > 2 else "constant")
-        value = call.kwargs.get("value", call.args[3] if len(call.args) > 3 else 0)
-        x = self.full(call.reads[0])
+        x, padding, mode = self.full(call.reads[0]), argument(call, 1, "pad"), argument(call, 2, "mode", "constant")
         if mode == "constant":
-            return F.pad(x, padding, value=FIXED if value else FREE)
+            return F.pad(x, padding, value=FIXED if argument(call, 3, "value") else FREE)
         return F.pad(x.double(), padding, mode=mode).long()
-
-    def weight(self, call):
-        """(name of the weight, of the bias or None) of a convolution or Linear; None where they are no parameters."""
-        tensors = [*call.args[1:3], call.kwargs.get("weight"), call.kwargs.get("bias")]
-        tensors = [t for t in tensors if torch.is_tensor(t)]
-        names = [self.names.get(id(t)) for t in tensors]
-        return (names[0], names[1] if len(names) > 1 else None) if names and all(names) else None
 
     def on_linear(self, call):
         return self.layer(call, -1, groups=1, out=0)
 
     def on_conv2d(self, call):
-        return self.layer(call, 1, groups=call.kwargs.get("groups", call.args[6] if len(call.args) > 6 else 1), out=0)
+        return self.layer(call, 1, groups=argument(call, 6, "groups", 1), out=0)
 
     def on_conv_transpose2d(self, call):
-        return self.layer(call, 1, groups=call.kwargs.get("groups", call.args[6] if len(call.args) > 6 else 1), out=1)
+        return self.layer(call, 1, groups=argument(call, 6, "groups", 1), out=1)
 
     def layer(self, call, dim, *, groups, out):
         """A convolution or Linear whose channels lie along `dim`, and whose outputs along dimension `out` of its
         weight."""
-        names, x = self.weight(call), self.vector(self.full(call.reads[0]), dim)
-        if names is None:
+        x, count = self.vector(self.full(call.reads[0]), dim), call.makes[0].tensor.shape[dim]
+        weight, bias = (self.names.get(id(argument(call, *at))) for at in ((1, "weight"), (2, "bias")))
+        if weight is None or (bias is None and argument(call, 2, "bias") is not None):
             return self.stop(call, "its weight is computed")
-        weight, bias = names
-        outputs = call.makes[0].tensor.shape[dim]
-        if groups == 1:
-            self.note(weight, 1 - out, x)
-            numbers = self.new(outputs)
-        elif groups == len(x) and out == 0:  # depthwise: each channel has filters of its own
-            numbers = x.repeat_interleave(outputs // groups)
-        elif out == 0:  # as many stay in each group: the i-th of all groups go together
-            rows = x.view(groups, -1)
-            self.note(weight, 1, self.join(rows, rows[:1].expand_as(rows))[0])
-            numbers = self.new(outputs)
-            self.join(numbers.view(groups, -1), numbers.view(groups, -1)[:1].expand(groups, -1))
+        if groups == len(x) > 1 and out == 0:  # depthwise: each channel has filters of its own
+            numbers = x.repeat_interleave(count // groups)
+        elif groups == 1 or out == 0:  # as many stay in each group: the i-th of all groups go together
+            numbers = self.new(count)
+            self.note(weight, 1 - out, self.along(x.view(groups, -1), 0)[0])
+            self.along(numbers.view(groups, -1), 0)
         else:
             return self.stop(call, "a transposed convolution in groups reads it")
-        if (weight, out) in self.members:
-            numbers = self.join(self.members[weight, out], numbers)
-        self.note(weight, out, numbers)
+        numbers = self.note(weight, out, numbers)
         if bias:
             self.note(bias, 0, numbers)
         shape = [1] * call.makes[0].tensor.dim()
@@ -391,31 +357,26 @@ class Channels:
         return numbers.view(shape)
 
     def on_batch_norm(self, call):
+        """Also a PReLU: vectors of a number for each channel."""
         x = self.full(call.reads[0])
-        numbers = self.vector(x, 1)
         for value in call.reads[1:]:
-            if name := self.parameter(value):
-                self.note(name, 0, numbers)
+            if value.tensor.numel() > 1 and (name := self.parameter(value)):
+                self.note(name, 0, self.vector(x, 1))
         return x
 
-    def on_prelu(self, call):
-        x = self.full(call.reads[0])
-        if call.reads[1].tensor.numel() > 1 and (name := self.parameter(call.reads[1])):
-            self.note(name, 0, self.vector(x, 1))
-        return x
+    on_prelu = on_batch_norm
 
     def on_layer_norm(self, call):
         x = self.full(call.reads[0])
-        for d in range(len(call.args[1])):
-            if self.varies(x, -1 - d):
-                self.pin(x, "a LayerNorm reads it")
+        if any(self.varies(x, -1 - d) for d in range(len(call.args[1]))):
+            self.pin(x, "a LayerNorm reads it")
         return x
 
     def on_group_norm(self, call):
         return self.stop(call, "a GroupNorm reads it")
 
     def on_softmax(self, call):
-        x, dim = self.full(call.reads[0]), call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
+        x, dim = self.full(call.reads[0]), argument(call, 1, "dim")
         if dim is None or self.varies(x, dim):
             self.pin(x, "a softmax runs over it")
         return x
@@ -423,45 +384,38 @@ class Channels:
     on_log_softmax = on_softmax
 
     def on_matmul(self, call):
-        a, b = (self.full(v) for v in call.reads[:2])
-        return self.product(a, b)
+        return self.product(*map(self.full, call.reads[:2]))
 
     on_bmm = on_mm = on_matmul
 
     def on_scaled_dot_product_attention(self, call):
-        q, k, v = (self.full(value) for value in call.reads[:3])
+        q, k, v = map(self.full, call.reads[:3])
         return self.product(self.product(q, k.mT), v)
 
     def product(self, a, b):
         """Numbers of a (..., i, k) @ b (..., k, j)."""
-        if a.dim() < 2 or b.dim() < 2:
-            self.pin(a, "a product mixes it")
-            self.pin(b, "a product mixes it")
-            return torch.full((1, 1), FIXED)
-        heads = any(self.varies(x, d) for x in (a, b) for d in range(x.dim() - 2))
-        summed = [self.varies(a, -1) and bool((a >= 0).any()), self.varies(b, -2) and bool((b >= 0).any())]
-        if all(summed):  # queries and keys: what is summed goes together, of several heads each as a whole
-            rows = self.join(self.same(a, -2).mT, self.same(b, -1))  # (..., k, 1)
-            if not heads:
-                self.pin(rows, "attention sums its products")
-                return torch.full((1, 1), FIXED)
-            head = rows.amax(-2, keepdim=True)  # (..., 1, 1)
-            return self.join(rows, head.expand_as(rows)).amax(-2, keepdim=True)
+        flat = min(a.dim(), b.dim()) < 2
+        summed = [flat or bool(self.varies(x, d) and (x >= 0).any()) for x, d in ((a, -1), (b, -2))]
+        heads = not flat and any(self.varies(x, d) for x in (a, b) for d in range(x.dim() - 2))
+        if all(summed) and heads:  # queries and keys: what is summed goes together, each head as a whole
+            return self.along(self.join(self.along(a, -2).mT, self.along(b, -1)), -2)  # of (..., k, 1)
         if any(summed):
-            self.pin(a if summed[0] else b, "a product mixes it")
+            why = "attention sums its products" if all(summed) and not flat else "a product mixes it"
+            for x in (x for x, mixed in zip((a, b), summed, strict=True) if mixed):
+                self.pin(x, why)
             return torch.full((1, 1), FIXED)
         a, b = a[..., :1], b[..., :1, :]  # (..., i, 1), (..., 1, j)
-        if (a >= 0).any() and (b >= 0).any():
-            if self.varies(a, -2):  # two axes of channels meet
-                self.pin(a, "a product mixes it")
-                return b
-            return self.join(a, b)
-        return a if (a >= 0).any() else b
+        if not ((a >= 0).any() and (b >= 0).any()):
+            return a if (a >= 0).any() else b
+        if self.varies(a, -2):  # two axes of channels meet
+            self.pin(a, "a product mixes it")
+            return b
+        return self.join(a, b)
 
-    def same(self, ids, dim):
-        """ids with a dimension along which the numbers are joined."""
-        first = ids.narrow(dim, 0, 1)
-        return self.join(ids, first.expand_as(ids)).narrow(dim, 0, 1)
+
+def argument(call, at, name, default=None):
+    """An argument of a call, by its place or its name."""
+    return call.args[at] if len(call.args) > at else call.kwargs.get(name, default)
 
 
 class Group(NamedTuple):
@@ -480,41 +434,33 @@ def channel_groups(model):
     The network, in eval mode, is traced on noise with all outputs that training uses. Taking one unit of each group out
     is then tried: where forward() has a width written down, which no trace can see, it fails.
     """
-    channels, units, groups, left = Channels(models.trace(model, run=outputs_of(model))), {}, {}, {}
-    for (name, dim), numbers in channels.members.items():
+    channels, units, alike, left = Channels(models.trace(model, run=outputs_of(model))), {}, {}, {}
+    for place, numbers in channels.members.items():
         for index, number in enumerate(numbers.tolist()):
             if number >= 0:
-                units.setdefault(channels.find(number), {}).setdefault((name, dim), []).append(index)
+                units.setdefault(channels.find(number), {}).setdefault(place, []).append(index)
     for root, unit in units.items():
-        makers = [name.removesuffix(".weight") for name, dim in unit if is_output(model, name, dim)]
-        why = channels.reason.get(root)
-        if not why and not any(is_input(model, name, dim) for name, dim in unit):
+        alike.setdefault((frozenset(unit), channels.reason.get(root)), []).append(unit)
+    groups, makers_of, inputs = [], [], input_dims(model)
+    shapes = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
+    for (places, why), members in alike.items():
+        makers = [name for name, dim in members[0] if inputs.get(name) == 1 - dim]
+        if not why and not any(inputs.get(name) == dim for name, dim in places):
             why = "no layer that could be refitted reads it"
         if why or not makers:
             left |= dict.fromkeys(makers, why)
-        else:
-            groups.setdefault(tuple(sorted(unit)), []).append((makers, unit))
-    shapes = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
-    found, makers_of = [], []
-    for key, members in groups.items():
-        makers = members[0][0]
-        roles = sorted((shapes[name], dim, makers[0].partition(".")[0]) for name, dim in key)
-        size = len(members[0][1][f"{makers[0]}.weight", output_dim(model, f"{makers[0]}.weight")])
-        found.append(Group(makers[0], [unit for _, unit in members], repr(roles), size))
+            continue
+        name = makers[0].removesuffix(".weight")
+        roles = sorted((shapes[place[0]], place[1], name.partition(".")[0]) for place in places)
+        groups.append(Group(name, members, repr(roles), len(members[0][makers[0], 1 - inputs[makers[0]]])))
         makers_of.append(makers)
-    kept = []
-    every = trial(model, found, [{0}] * len(found))
-    for number, (group, makers) in enumerate(zip(found, makers_of, strict=True)):
-        gone = [{0} if i == number else set() for i in range(len(found))]
-        why = every and trial(model, found, gone)
-        if why:
-            left |= dict.fromkeys(makers, f"its network has the width written down: {why}")
-        else:
-            kept.append((group, makers))
-    for _, makers in kept:
-        for name in makers:
-            left.pop(name, None)
-    return [group for group, _ in kept], left
+    failed = trial(model, groups, [{0} for _ in groups])
+    whys = [failed and trial(model, groups, [{0} if other is group else set() for other in groups]) for group in groups]
+    for makers, why in zip(makers_of, whys, strict=True):
+        left |= dict.fromkeys(makers, f"its network has the width written down: {why}") if why else {}
+    made = {name for makers, why in zip(makers_of, whys, strict=True) if not why for name in makers}
+    left = {name.removesuffix(".weight"): why for name, why in left.items() if name not in made}
+    return [group for group, why in zip(groups, whys, strict=True) if not why], left
 
 
 def outputs_of(model):
@@ -527,21 +473,26 @@ def tensors_of(model):
     return dict((*model.named_parameters(), *model.named_buffers()))
 
 
+def input_dims(model):
+    """{name of a weight: the dimension that counts inputs} of a network's convolutions and Linear layers; the other of
+    the first two counts outputs."""
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, PRUNABLE))
+    return {f"{name}.weight": int(not isinstance(m, nn.ConvTranspose2d)) for name, m in layers}
+
+
 @models.no_grad
 def trial(model, groups, gone):
     """None where a network without some units gives what it gives with the weights on them at 0, else what is wrong."""
-    zeroed, smaller = copy.deepcopy(model), copy.deepcopy(model)
-    keep = kept_indices(model, groups, gone)
+    zeroed, smaller, keep = copy.deepcopy(model), copy.deepcopy(model), kept_indices(model, groups, gone)
     zero_readers(zeroed, keep)
     images = torch.randn(1, 3, 2 * model.stride, 2 * model.stride + 1, generator=torch.Generator().manual_seed(0))
     images = images.to(next(model.parameters()))
-    expected = outputs_of(model)(images) if not keep else outputs_of(zeroed)(images)
     try:
         shrink(smaller, keep)
         found = outputs_of(smaller)(images)
     except (RuntimeError, ValueError, IndexError) as error:
         return models.one_line(error, 100)
-    for x, y in zip(expected, found, strict=True):
+    for x, y in zip(outputs_of(zeroed)(images), found, strict=True):
         if not (x - y).abs().max() <= 1e-4 * x.abs().max().clamp(min=1e-6):
             return f"outputs differ by {(x - y).abs().max():.2g}"
     return None
@@ -550,30 +501,12 @@ def trial(model, groups, gone):
 @torch.no_grad()
 def zero_readers(model, keep):
     """Set to 0, in place, the weights of all layers on inputs that `keep` of kept_indices() does not name."""
-    tensors = tensors_of(model)
+    tensors, inputs = tensors_of(model), input_dims(model)
     for (name, dim), indices in keep.items():
-        if is_input(model, name, dim):
-            mask = torch.zeros(tensors[name].shape[dim], device=tensors[name].device)
-            mask[indices] = 1
-            tensors[name].mul_(mask.view([-1 if d == dim else 1 for d in range(tensors[name].dim())]))
-
-
-def output_dim(model, name):
-    """The dimension of a weight that counts outputs."""
-    return int(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ConvTranspose2d))
-
-
-def is_output(model, name, dim):
-    """Whether a dimension of a tensor counts what a convolution or Linear puts out."""
-    layer = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(layer, PRUNABLE) and name.endswith(".weight") and dim == output_dim(model, name)
-
-
-def is_input(model, name, dim):
-    """Whether a dimension of a tensor counts what a convolution or Linear reads, and not each with filters of its
-    own."""
-    layer = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(layer, PRUNABLE) and name.endswith(".weight") and dim == 1 - output_dim(model, name)
+        if inputs.get(name) == dim:
+            gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
+            gone[indices] = False
+            tensors[name].index_fill_(dim, gone.nonzero()[:, 0].to(tensors[name].device), 0)
 
 
 # ---- shrink ---------------------------------------------------------------------------------------------------------
@@ -581,12 +514,11 @@ def is_input(model, name, dim):
 
 def kept_indices(model, groups, gone):
     """{(parameter, dimension): indices that stay} once the units `gone`, a set of numbers for each group, have left."""
-    lost = {}
+    lost, tensors = {}, tensors_of(model)
     for group, numbers in zip(groups, gone, strict=True):
         for number in numbers:
             for place, indices in group.units[number].items():
                 lost.setdefault(place, set()).update(indices)
-    tensors = tensors_of(model)
     return {
         (name, dim): torch.tensor([i for i in range(tensors[name].shape[dim]) if i not in indices])
         for (name, dim), indices in lost.items()
@@ -596,22 +528,20 @@ def kept_indices(model, groups, gone):
 @models.no_grad
 def shrink(model, keep):
     """Take out of a network, in place, all slices that `keep` of kept_indices() does not name -> {tensor: shape}."""
-    plan = {}
-    for name, tensor in tensors_of(model).items():
-        for dim in range(tensor.dim()):
-            if (name, dim) in keep:
-                tensor = tensor.detach().index_select(dim, keep[name, dim].to(tensor.device))
-                plan[name] = list(tensor.shape)
-        if name in plan:
-            put(model, name, tensor.clone())
-    fit_attributes(model, plan)
-    return plan
+    tensors = tensors_of(model)
+    small = {name: tensors[name].detach() for name, _ in keep}
+    for (name, dim), indices in keep.items():
+        small[name] = small[name].index_select(dim, indices.to(small[name].device))
+    for name, tensor in small.items():
+        put(model, name, tensor)
+    fit_attributes(model, small)
+    return {name: list(tensor.shape) for name, tensor in small.items()}
 
 
 def put(model, name, tensor):
     """Replace a parameter or buffer by a tensor of another shape."""
     path, _, own = name.rpartition(".")
-    module = model.get_submodule(path) if path else model
+    module = model.get_submodule(path)
     if own in module._parameters:
         old = module._parameters[own]  # None of a bias that a refit added
         module._parameters[own] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
@@ -619,10 +549,9 @@ def put(model, name, tensor):
         module._buffers[own] = tensor
 
 
-def fit_attributes(model, plan):
-    """Set the numbers of channels that modules keep, after their tensors have got the shapes of `plan`, and those of
-    the feature maps."""
-    for path in {name.rpartition(".")[0] for name in plan}:
+def fit_attributes(model, names):
+    """Set the numbers of channels that modules keep to the shapes that their tensors of these names now have."""
+    for path in {name.rpartition(".")[0] for name in names}:
         layer = model.get_submodule(path)
         if isinstance(layer, nn.Linear):
             layer.out_features, layer.in_features = layer.weight.shape
@@ -646,9 +575,8 @@ def rebuild(model, step, state):
     """Give a network of build_model() the shapes that a pruned one had; see models.load_checkpoint()."""
     tensors = tensors_of(model)
     for name, shape in step["plan"].items():
-        path = name.rpartition(".")[0]
-        like = tensors[name if name in tensors else f"{path}.weight"]  # a refit may have brought a bias
-        put(model, name, torch.empty(shape, dtype=like.dtype, device=like.device))
+        like = tensors[name if name in tensors else f"{name.rpartition('.')[0]}.weight"]  # a refit may bring a bias
+        put(model, name, like.new_empty(shape))
     fit_attributes(model, step["plan"])
     if step["plan"]:
         model.channels = model.backbone.channels = list(step["channels"])
@@ -679,35 +607,29 @@ class Costs:
     """
 
     def __init__(self, model, groups, places, attention, target, tables=None, scope="all"):
-        self.places, self.target, self.tables, self.scope = places, target, tables, scope
+        self.places, self.attention, self.target, self.tables, self.scope = places, attention, target, tables, scope
         self.shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-        self.attention = [row for row in attention if self.counts(row[0])]
         self.members = [  # for each group: {weight: {dimension: slices of one unit}}
             {name: {d: len(i) for (n, d), i in group.units[0].items() if n == name}
              for name, _ in group.units[0] if name in self.shapes}
             for group in groups
         ]  # fmt: skip
 
-    def counts(self, name):
-        return self.scope == "all" or name.startswith(f"{self.scope}.")
-
     def of(self, shapes, name):
         """The cost of one parameter at these widths."""
-        if not self.counts(name):
+        if self.scope != "all" and not name.startswith(f"{self.scope}."):
             return 0
+        if self.target == "latency":
+            return self.tables[name](shapes[name]) if name in self.tables else 0.0
         numel = math.prod(shapes[name])
         if self.target == "params":
             return numel
-        if self.target == "latency":
-            return self.tables[name](shapes[name]) if name in self.tables else 0.0
-        return numel * self.places.get(name, 0)
+        share = shapes[name][0] / self.shapes[name][0] if name in self.attention else 0
+        return numel * self.places.get(name, 0) + share * self.attention.get(name, 0)
 
     def total(self, shapes=None):
         shapes = shapes or self.shapes
-        cost = sum(self.of(shapes, name) for name in shapes)
-        if self.target == "macs":
-            cost += sum(macs * shapes[name][0] / self.shapes[name][0] for name, macs in self.attention)
-        return cost
+        return sum(self.of(shapes, name) for name in shapes)
 
     def without(self, shapes, group, count):
         """(widths, what it saves) after `count` units of group number `group` are gone from `shapes`."""
@@ -715,34 +637,28 @@ class Costs:
         for name, dims in self.members[group].items():
             after[name] = [n - count * dims.get(d, 0) for d, n in enumerate(shapes[name])]
             saved += self.of(shapes, name) - self.of(after, name)
-        if self.target == "macs":
-            for name, macs in self.attention:
-                saved += macs * (shapes[name][0] - after[name][0]) / self.shapes[name][0]
         return after, saved
 
 
 def count_places(model, images):
-    """({name of a weight: how often it is applied to an image}, [(weight that makes an attention's values,
-    multiply-accumulates of its two products)]) of a network on images (1, 3, H, W) of the size that counts."""
+    """({name of a weight: how often it is applied to an image}, {name of a weight that makes an attention's values:
+    multiply-accumulates of its two products}) of a network on images (1, 3, H, W) of the size that counts."""
     traced = models.trace(model, images, run=lambda x: model.decode(model.encode(x)))
-    names = {module: name for name, module in traced.names.items()}
-    places, attention = {}, []
+    names = {module: f"{name}.weight" for name, module in traced.names.items()}
+    places, attention = {}, {}
     for call in traced.calls:
-        layer = call.module
-        if call.name in ("conv2d", "linear", "conv_transpose2d") and isinstance(layer, PRUNABLE):
+        if call.name in ("conv2d", "linear", "conv_transpose2d") and isinstance(call.module, PRUNABLE):
             shape = (call.reads[0] if call.name == "conv_transpose2d" else call.makes[0]).tensor.shape
             count = math.prod(shape) // shape[-1 if call.name == "linear" else 1] // len(images)
-            name = f"{names[layer]}.weight"
-            places[name] = places.get(name, 0) + count
+            places[names[call.module]] = places.get(names[call.module], 0) + count
         elif call.name == "scaled_dot_product_attention":
             q, k, v = (value.tensor.shape for value in call.reads[:3])
-            value = call.reads[2]
-            while value.maker is not None and value.maker.name != "linear":
-                value = value.maker.reads[0]
-            if value.maker is not None and isinstance(value.maker.module, nn.Linear):
-                heads = math.prod(q[:-2])
-                macs = heads * q[-2] * k[-2] * (q[-1] + v[-1]) // len(images)
-                attention.append((f"{names[value.maker.module]}.weight", macs))
+            maker = call.reads[2].maker
+            while maker is not None and maker.name != "linear":
+                maker = maker.reads[0].maker
+            if maker is not None and isinstance(maker.module, nn.Linear):
+                macs = math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1]) // len(images)
+                attention[names[maker.module]] = attention.get(names[maker.module], 0) + macs
     return places, attention
 
 
@@ -775,6 +691,8 @@ class Residual:
 
     def set_error(self, indices):
         """Of inputs that go together."""
+        if self.gone[indices].any():
+            return math.inf
         w = self.rows[:, indices]
         return self.scale * ((w @ torch.linalg.inv(self.inverse[indices][:, indices])) * w).sum().item()
 
@@ -788,30 +706,16 @@ class Residual:
 
 
 def losses_of(group, readers):
-    """The residual error of each unit of a group, summed over the layers that read it; inf where it is gone."""
+    """The residual error of each unit of a group, summed over the layers that read it; inf where it is gone. readers:
+    of readers_of()."""
     total = torch.zeros(len(group.units), dtype=torch.double)
-    for (name, dim), first in group.units[0].items():
-        if name in readers and dim == readers[name].dim:
-            state = readers[name].state
-            indices = [unit[name, dim] for unit in group.units]
-            if len(first) == 1:
-                total += state.errors()[torch.tensor(indices).flatten()]
-            else:
-                sets = map(torch.tensor, indices)
-                total += torch.tensor([math.inf if state.gone[i].any() else state.set_error(i) for i in sets])
+    for place in (place for place in group.units[0] if place in readers):
+        sets = torch.tensor([unit[place] for unit in group.units])  # (units, inputs of each)
+        if sets.shape[1] == 1:
+            total += readers[place].errors()[sets[:, 0]]
+        else:
+            total += torch.tensor([readers[place].set_error(indices) for indices in sets])
     return total
-
-
-class Reader(NamedTuple):
-    """A layer that reads channels that may go: the dimension of its weight that counts them, its Residual."""
-
-    dim: int
-    state: Residual
-
-
-def steps_of(count, round_to, floor):
-    """How many units of a group of `count` may stay: all, and the multiples of round_to below that reach the floor."""
-    return [count, *(n for n in range((count - 1) // round_to * round_to, 0, -round_to) if n >= floor)]
 
 
 def choose(groups, costs, amount, *, loss, remove, round_to, floor, per_cost):
@@ -821,46 +725,39 @@ def choose(groups, costs, amount, *, loss, remove, round_to, floor, per_cost):
     least (per_cost: for what they save). loss(group number): losses of its units, inf of those gone. remove(group
     number, numbers): tells whoever computes losses. Raises ModelError where the floors end it before.
     """
-    sizes = [1 if group.size > 1 else round_to for group in groups]
-    shapes, gone = dict(costs.shapes), [set() for _ in groups]
-    start = costs.total()
-    goal, saved = amount * start, 0.0
-    floors = [min(len(group.units), -(-floor // group.size)) for group in groups]
-    left = [steps_of(len(g.units), n, f) for g, n, f in zip(groups, sizes, floors, strict=True)]
-    found = {}
+    shapes, gone, found = dict(costs.shapes), [set() for _ in groups], {}
+    start, saved = costs.total(), 0.0
 
     def propose(i):
-        count = len(groups[i].units) - len(gone[i])
-        smaller = [n for n in left[i] if n < count]
-        if not smaller:
+        """(what is compared, numbers of the units, what they save) of a group's next step, None at its end."""
+        group, count = groups[i], len(groups[i].units) - len(gone[i])
+        step = 1 if group.size > 1 else round_to  # of heads each
+        fewer = (count - 1) // step * step
+        if fewer < max(1, min(len(group.units), -(-floor // group.size))):
             return None
         each = loss(i)
-        numbers = each.topk(count - smaller[0], largest=False).indices.tolist()
-        saving = costs.without(shapes, i, len(numbers))[1]
-        total = each[numbers].sum().item()
+        numbers = each.topk(count - fewer, largest=False).indices.tolist()
+        saving, total = costs.without(shapes, i, len(numbers))[1], each[numbers].sum().item()
         return (total / max(saving, 1e-30) if per_cost else total / len(numbers)), numbers, saving
 
-    while saved < goal:
-        for i in range(len(groups)):
-            if i not in found:
-                found[i] = propose(i)
-        open_ = {i: step for i, step in found.items() if step}
-        if not open_:
+    while saved < amount * start:
+        found |= {i: propose(i) for i in range(len(groups)) if i not in found}
+        steps = {i: step for i, step in found.items() if step}
+        if not steps:
             raise ModelError(
                 f"--amount {amount}: with every group at its floor {100 * saved / start:.1f}% of the {costs.target} "
                 "are gone; lower --min-channels or --round-to"
             )
-        i = min(open_, key=lambda i: open_[i][0])
-        fitting = [j for j, step in open_.items() if saved + step[2] <= goal + 0.01 * start]
-        if i not in fitting and fitting:  # the last step must not go far beyond
-            i = min(fitting, key=lambda i: open_[i][0])
-        numbers = open_[i][1]
+        # the last step must not go far beyond
+        fitting = [i for i, step in steps.items() if saved + step[2] <= (amount + 0.01) * start]
+        i = min(fitting or steps, key=lambda i: steps[i][0])
+        numbers = steps[i][1]
         shapes, saving = costs.without(shapes, i, len(numbers))
         gone[i] |= set(numbers)
         saved += saving
         remove(i, numbers)
         touched = {name for name, _ in groups[i].units[0]}
-        found = {j: s for j, s in found.items() if j != i and not touched & {name for name, _ in groups[j].units[0]}}
+        found = {j: s for j, s in found.items() if not touched & {name for name, _ in groups[j].units[0]}}
     return gone
 
 
@@ -878,57 +775,57 @@ def as_matrix(layer):
 
 def set_matrix(layer, matrix):
     """Undo as_matrix() into the layer."""
-    weight = layer.weight
-    transposed = isinstance(layer, nn.ConvTranspose2d)
-    shape = weight.transpose(0, 1).shape if transposed else weight.shape
-    matrix = matrix.reshape(shape)
-    weight.copy_(matrix.transpose(0, 1) if transposed else matrix)
+    weight = layer.weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
+    weight.copy_(matrix.view(weight.shape))
 
 
 def moments(layer, x):
-    """Mean (C,) and covariance (C, C) of a layer's input over at most PLACES of its places, in float64."""
+    """[(outputs, mean (C,), covariance (C, C))] of the inputs of each group of a convolution, or of any other layer as
+    one; in float64, over at most PLACES places of the input x."""
     rows = (x if isinstance(layer, nn.Linear) else x.movedim(1, -1)).flatten(0, -2)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if len(rows) > PLACES:
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:PLACES].to(rows.device)]
     mean = rows.mean(0)
     rows = rows - mean
-    return mean.double(), (rows.mT @ rows).double() / len(rows)
-
-
-def group_blocks(layer, mean, covariance):
-    """[(outputs, mean, covariance)] of each group of a convolution; one for any other layer."""
+    mean, covariance = mean.double(), (rows.mT @ rows).double() / len(rows)
     groups = getattr(layer, "groups", 1)
-    width = len(mean) // groups
-    outputs = as_matrix(layer).shape[0] // groups
-    blocks = []
-    for g in range(groups):
-        own = slice(g * width, (g + 1) * width)
-        blocks.append((slice(g * outputs, (g + 1) * outputs), mean[own], covariance[own, own]))
-    return blocks
+    outputs, inputs = as_matrix(layer).shape[0] // groups, len(mean) // groups
+    parts = [(slice(g * outputs, (g + 1) * outputs), slice(g * inputs, (g + 1) * inputs)) for g in range(groups)]
+    return [(rows, mean[own], covariance[own, own]) for rows, own in parts]
+
+
+def watch(model, names, see, run):
+    """run(), and see(name, layer, its input) before the layer of each weight of these names runs first."""
+    seen = set()
+
+    def hook(layer, args, name):
+        if name not in seen:
+            seen.add(name)
+            see(name, layer, args[0])
+
+    hooks = [
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(functools.partial(hook, name=name))
+        for name in names
+    ]
+    run()
+    for handle in hooks:
+        handle.remove()
 
 
 @models.no_grad
 def readers_of(model, groups, images, *, ridge):
-    """{name of a weight: Reader} of all layers that read what may go, from one run on images (N, 3, H, W)."""
-    names = {name for group in groups for unit in group.units[:1] for name, dim in unit if is_input(model, name, dim)}
-    found = {}
+    """{(name of a weight, dimension of its inputs): Residual} of all layers that read what may go, from one run on
+    images (N, 3, H, W)."""
+    inputs, found = input_dims(model), {}
 
-    def see(name):
-        def hook(layer, args):
-            if name not in found:
-                blocks = group_blocks(layer, *moments(layer, args[0]))
-                covariance = sum(c for _, _, c in blocks) / len(blocks)
-                state = Residual(as_matrix(layer).cpu(), covariance.cpu(), ridge)
-                found[name] = Reader(1 - output_dim(model, name), state)
+    def see(name, layer, x):
+        covariances = [covariance for _, _, covariance in moments(layer, x)]
+        covariance = sum(covariances) / len(covariances)
+        found[name, inputs[name]] = Residual(as_matrix(layer).cpu(), covariance.cpu(), ridge)
 
-        return hook
-
-    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    hooks = [layer.register_forward_pre_hook(see(name)) for name, layer in layers.items()]
-    outputs_of(model)(images)
-    for hook in hooks:
-        hook.remove()
+    read = {name for group in groups for name, dim in group.units[0] if inputs.get(name) == dim}
+    watch(model, read, see, lambda: outputs_of(model)(images))
     return found
 
 
@@ -958,44 +855,30 @@ def compensate(model, keep, images, *, ridge):
     gains or loses goes into the bias, or the mean of the BatchNorm that follows.
     """
     traced = models.trace(model, run=outputs_of(model))
-    norm_after = {}
+    norm_after, inputs = {}, input_dims(model)
     for call in traced.calls:
         if call.name == "batch_norm" and call.reads[0].maker and traced.sole_reader(call.reads[0]) is call:
             norm_after[call.reads[0].maker.module] = call.module
-    done = set()
 
-    def adapt(name, kept):
-        def hook(layer, args):
-            if name in done:
-                return
-            done.add(name)
-            matrix, shifts = as_matrix(layer).clone(), []
-            middle, spread = moments(layer, args[0])
+    def adapt(name, layer, x):
+        matrix, kept, shifts = as_matrix(layer).clone(), keep[name, inputs[name]].to(x.device), []
+        for rows, mean, covariance in moments(layer, x):
             if isinstance(layer, nn.ConvTranspose2d):  # outputs get unlike numbers of taps: no bias makes up for all
-                middle, spread = torch.zeros_like(middle), spread + middle.outer(middle)
-            for rows, mean, covariance in group_blocks(layer, middle, spread):
-                matrix[rows], shift = refit(matrix[rows], mean, covariance, kept.to(mean.device), ridge)
-                shifts.append(shift)
-            set_matrix(layer, matrix)
-            shift = torch.cat(shifts)
-            if layer in norm_after:
-                norm_after[layer].running_mean -= shift
-            elif layer.bias is not None:
-                layer.bias += shift
-            else:
-                layer.bias = nn.Parameter(shift)
-                if (name, output_dim(model, name)) in keep:  # it goes with the outputs
-                    keep[f"{name.removesuffix('weight')}bias", 0] = keep[name, output_dim(model, name)]
+                mean, covariance = torch.zeros_like(mean), covariance + mean.outer(mean)
+            matrix[rows], shift = refit(matrix[rows], mean, covariance, kept, ridge)
+            shifts.append(shift)
+        set_matrix(layer, matrix)
+        if layer in norm_after:
+            norm_after[layer].running_mean -= torch.cat(shifts)
+        elif layer.bias is not None:
+            layer.bias += torch.cat(shifts)
+        else:
+            layer.bias = nn.Parameter(torch.cat(shifts))
+            if (name, 1 - inputs[name]) in keep:  # it goes with the outputs
+                keep[f"{name.removesuffix('weight')}bias", 0] = keep[name, 1 - inputs[name]]
 
-        return hook
-
-    hooks = []
-    for (name, dim), kept in keep.items():
-        if is_input(model, name, dim):
-            hooks.append(model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(adapt(name, kept)))
-    outputs_of(model)(images)
-    for hook in hooks:
-        hook.remove()
+    read = [name for name, dim in keep if inputs.get(name) == dim]
+    watch(model, read, adapt, lambda: outputs_of(model)(images))
     zero_readers(model, keep)  # those that did not run
 
 
@@ -1023,26 +906,22 @@ def unit_importance(model, groups, kind, gradients=None):
     2017). taylor: |w dL/dw| summed over every parameter that would go, BatchNorm's included (Molchanov et al. 2019);
     gradients: {name: dL/dw}.
     """
-    tensors, found = dict(model.named_parameters()), []
+    inputs, found = input_dims(model), []
+    norms = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    tensors = {name: p.detach().cpu().double() for name, p in model.named_parameters()}
+    if kind == "taylor":
+        tensors = {name: tensors[name] * g.cpu().double() for name, g in gradients.items()}
     for group in groups:
         total = torch.zeros(len(group.units), dtype=torch.double)
         for name, dim in group.units[0]:
-            if name not in tensors or (kind == "taylor" and name not in gradients):
-                continue
-            norm = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.batchnorm._BatchNorm)
-            w = tensors[name].detach().cpu().double()
-            if kind == "taylor":
-                w = w * gradients[name].cpu().double()
-            elif kind == "gamma":
-                if not (norm and name.endswith(".weight")):
-                    continue
-            elif not is_output(model, name, dim):
-                continue
-            each = w.movedim(dim, 0).reshape(w.shape[dim], -1).abs()
-            each = each.square().sum(1) if kind == "l2" else each.sum(1)
-            total += torch.stack([each[unit[name, dim]].sum() for unit in group.units])
-        found.append(total.sqrt() if kind == "l2" else total)
-    return [t / t.mean().clamp(min=1e-30) for t in found]
+            counts = {"taylor": name in tensors, "gamma": name in norms and name in tensors}
+            if counts.get(kind, inputs.get(name) == 1 - dim):
+                each = tensors[name].movedim(dim, 0).abs().reshape(tensors[name].shape[dim], -1)
+                each = each.square().sum(1) if kind == "l2" else each.sum(1)
+                total += torch.stack([each[unit[name, dim]].sum() for unit in group.units])
+        total = total.sqrt() if kind == "l2" else total
+        found.append(total / total.mean().clamp(min=1e-30))
+    return found
 
 
 def gradients_of(model, objective, train_set, *, batch_size, seed, device, steps):
@@ -1080,12 +959,11 @@ def remove_channels(model, images, amount, *, args, gradients=None, size=None):
     groups = [g for g in groups if args.scope == "all" or g.name.startswith(f"{args.scope}.")]
     if not groups:
         raise ModelError(f"--scope {args.scope}: no channel there can go")
-    places, attention = count_places(model, size)
     tables = layer_times(model, size, args.round_to) if args.target == "latency" else None
-    costs = Costs(model, groups, places, attention, args.target, tables, scope=args.scope)
+    costs = Costs(model, groups, *count_places(model, size), args.target, tables, scope=args.scope)
     residual = args.importance == "residual"
     readers = readers_of(model, groups, images, ridge=args.ridge) if residual else {}
-    fixed = None
+    fixed = None  # losses that do not change as others go
     if not residual:
         fixed = unit_importance(model, groups, args.importance, gradients)
     elif args.rank == "group":
@@ -1100,10 +978,9 @@ def remove_channels(model, images, amount, *, args, gradients=None, size=None):
         if fixed is not None:
             fixed[i][numbers] = math.inf
             return
-        for name, dim in groups[i].units[0]:
-            if name in readers and dim == readers[name].dim:
-                indices = sorted(x for number in numbers for x in groups[i].units[number][name, dim])
-                readers[name].state.remove(torch.tensor(indices))
+        for place in (place for place in groups[i].units[0] if place in readers):
+            indices = sorted(x for number in numbers for x in groups[i].units[number][place])
+            readers[place].remove(torch.tensor(indices))
 
     gone = choose(
         groups, costs, amount, loss=loss, remove=remove, round_to=args.round_to, floor=args.min_channels,
@@ -1114,13 +991,11 @@ def remove_channels(model, images, amount, *, args, gradients=None, size=None):
         raise ModelError(f"the network without these channels is not the one with them at 0: {why}")
     if args.compensate:
         compensate(model, keep, images, ridge=args.ridge)
-    before = costs.total()
     plan = shrink(model, keep)
     plan |= {name: list(p.shape) for name, p in model.named_parameters() if name not in costs.shapes}  # new biases
     if plan:
         model.channels = model.backbone.channels = map_channels(model)
-    now = costs.total({name: list(p.shape) for name, p in model.named_parameters()})
-    reached = 1 - now / before
+    reached = 1 - costs.total({name: list(p.shape) for name, p in model.named_parameters()}) / costs.total()
     if args.target != "latency" and abs(reached - amount) > 0.02:
         raise ModelError(
             f"--amount {amount}: {reached:.3f} of the {args.target} would be gone, as channels go {args.round_to} at a "
@@ -1134,65 +1009,39 @@ def layer_times(model, image, round_to, widths=12, repeats=3):
     """{name of a weight: function of its shape that gives milliseconds} of the layers of a network on an image.
 
     A layer is timed at up to `widths` numbers of outputs and of inputs, multiples of round_to; what lies between is
-    interpolated, and both are taken to multiply. A depthwise one is timed at both at once.
+    interpolated, and both are taken to multiply. One in groups is timed as it is, a depthwise one by its outputs.
     """
-    inputs, tables = {}, {}
+    inputs, seen = input_dims(model), {}
+    watch(
+        model, inputs, lambda name, layer, x: seen.update({name: (layer, x)}), lambda: model.decode(model.encode(image))
+    )
 
-    def see(layer, args):
-        inputs.setdefault(layer, args[0].shape)
+    def table(layer, x, dim):
+        counts, groups = layer.weight.shape[:2], getattr(layer, "groups", 1)
 
-    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, PRUNABLE)}
-    hooks = [layer.register_forward_pre_hook(see) for layer in layers.values()]
-    model.decode(model.encode(image))
-    for hook in hooks:
-        hook.remove()
-    for name, layer in layers.items():
-        if layer in inputs:
-            tables[name] = time_table(layer, inputs[layer], round_to, widths, repeats)
-    return tables
+        def milliseconds(axis, count):
+            small = copy.deepcopy(layer)
+            put(small, "weight", layer.weight.narrow(axis, 0, count).clone())
+            small.bias = None
+            fit_attributes(small, ["weight"])
+            small.to(memory_format=torch.channels_last)
+            some = x.narrow(
+                *((-1, 0, small.in_features) if isinstance(small, nn.Linear) else (1, 0, small.in_channels))
+            )
+            some = torch.randn_like(some)
+            return evaluate.milliseconds([lambda: small(some)], repeats)[0]
 
+        def curve(axis):
+            most = 1 if 1 < groups < layer.in_channels else widths
+            step = max(round_to, -(-counts[axis] // most // round_to) * round_to)
+            at = [*range(step, counts[axis], step), counts[axis]]
+            return [0, *at], [0.0, *(milliseconds(axis, count) for count in at)]
 
-def time_table(layer, shape, round_to, widths, repeats):
-    """The function of layer_times() of one layer, for inputs of a shape."""
-    transposed, linear = isinstance(layer, nn.ConvTranspose2d), isinstance(layer, nn.Linear)
-    weight, depthwise = layer.weight, not linear and layer.groups == layer.in_channels > 1
-    dim = -1 if linear else 1
+        by_outputs, by_inputs = curve(1 - dim), curve(dim)
+        whole = max(by_inputs[1][-1], 1e-9)
+        return lambda s: float(np.interp(s[1 - dim], *by_outputs) * np.interp(s[dim], *by_inputs) / whole)
 
-    def measure(outputs, inputs):
-        x = torch.randn([inputs if d == dim % len(shape) else n for d, n in enumerate(shape)])
-        x = x if linear else x.contiguous(memory_format=torch.channels_last)
-        small = copy.deepcopy(layer)
-        put(
-            small, "weight", weight[:inputs, :outputs] if transposed else weight[:outputs, : 1 if depthwise else inputs]
-        )
-        small.bias = None
-        if not linear:
-            small.groups = inputs if depthwise else layer.groups
-            small.in_channels, small.out_channels = inputs, outputs
-            small = small.to(memory_format=torch.channels_last)
-        return evaluate.milliseconds([lambda: small(x)], repeats)[0]
-
-    def curve(count, run):
-        step = max(round_to, -(-count // widths // round_to) * round_to)
-        at = sorted({count, *range(step, count, step)})
-        times = [run(n) for n in at]
-        return [0, *at], [0.0, *times]
-
-    if not linear and layer.groups > 1 and not depthwise:
-        whole = measure(layer.out_channels, layer.in_channels)
-        return lambda s: whole * math.prod(s) / weight.numel()
-    outputs, inputs = (weight.shape[1], weight.shape[0]) if transposed else weight.shape[:2]
-    if depthwise:
-        line = curve(outputs, lambda n: measure(n, n))
-        return lambda s: float(np.interp(s[0], *line))
-    by_outputs, by_inputs = curve(outputs, lambda n: measure(n, inputs)), curve(inputs, lambda n: measure(outputs, n))
-    whole = max(by_outputs[1][-1], 1e-9)
-
-    def milliseconds(s):
-        o, i = (s[1], s[0]) if transposed else s[:2]
-        return float(np.interp(o, *by_outputs) * np.interp(i, *by_inputs) / whole)
-
-    return milliseconds
+    return {name: table(layer, x, inputs[name]) for name, (layer, x) in seen.items()}
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -1257,11 +1106,10 @@ def main(argv=None):
         return prune_once(args, command, parent, before, device, last, start)
     rows = []
     for amount in args.sweep:
-        one = copy.copy(args)
-        one.amount, one.out = amount, str(parent.out / f"amount-{amount}")
-        Path(one.out).mkdir(exist_ok=True)
-        own = parent._replace(out=Path(one.out))
-        rows.append(prune_once(one, command, own, before, device, None, time.perf_counter()))
+        out = parent.out / f"amount-{amount}"
+        out.mkdir(exist_ok=True)
+        one = argparse.Namespace(**vars(args) | {"amount": amount, "out": str(out)})
+        rows.append(prune_once(one, command, parent._replace(out=out), before, device, None, time.perf_counter()))
         if "stopped" in rows[-1]:
             return rows[-1]
         write_sweep(rows, before["miou"], parent.out)
@@ -1282,9 +1130,7 @@ def score(model, parent, device, dataset=None):
 
 def seen_images(args, count=32):
     """Training images, evenly spread, as evaluation sees them, but none of those that calibrate."""
-    options = dict(root=args.data_root, size=args.size, cache=False, options=datasets.option_values(args))
-    few = dict(length=2) if args.dry_run else {}
-    dataset = datasets.open_dataset(args.dataset, "train", **options, **few)
+    dataset = train.calibration_set(args)
     used = min(args.calib_images, len(dataset))
     free = sorted(set(range(len(dataset))) - {i * len(dataset) // used for i in range(used)}) or range(len(dataset))
     return torch.utils.data.Subset(dataset, free[:: -(-len(free) // count)])
@@ -1308,40 +1154,35 @@ def renorm_where_it_helps(model, images, args, parent, device):
 def prune_once(args, command, parent, before, device, last, start):
     """One run: prune, score, fine-tune, report -> what results.json holds."""
     out, turns = parent.out, args.steps if args.structured else 1
+    model, kind = copy.deepcopy(parent.model), "channels" if args.structured else "weights"
+    entry = {"step": "prune", "kind": kind, "amount": args.amount, "scope": args.scope, "plan": {}, "turn": 0}
     if last:
         model, entry = models.load_checkpoint(out / "last.pt", device=device)[0], last["compression"][-1]
         model = model.to(memory_format=torch.channels_last)
-    else:
-        kind = "channels" if args.structured else "weights"
-        model = copy.deepcopy(parent.model)
-        entry = {"step": "prune", "kind": kind, "amount": args.amount, "scope": args.scope, "plan": {}, "turn": 0}
     save = train.saver(
         args, command, data=parent.checkpoint["data"], pretrained=parent.checkpoint["pretrained"],
         lineage=[*parent.checkpoint["lineage"], train.ancestor(parent.checkpoint, before["miou"])],
         compression=lambda _network: [*parent.checkpoint["compression"], entry],
     )  # fmt: skip
-    gradual_run = args.sparsity_schedule == "cubic"  # nothing goes before it is trained
+    cubic = args.sparsity_schedule == "cubic"  # nothing goes before it is trained
     for turn in range(entry["turn"], turns):
         if not last:
             share = args.amount if turns == 1 else 1 - (1 - args.amount) ** (1 / turns)  # of what is left
-            if (share or args.pattern) and not gradual_run:
+            if (share or args.pattern) and not cubic:
                 (cut_channels if args.structured else cut_weights)(model, share, args, parent, entry, device)
             metrics = score(model, parent, device)
             entry |= {"turn": turn, "untuned": {k: metrics[k] for k in ("miou", "macc", "aacc")}}
-            print(f"{'not pruned' if gradual_run else 'pruned'}, not trained yet: {metrics['miou']:.2f} mIoU; "
+            print(f"{'not pruned' if cubic else 'pruned'}, not trained yet: {metrics['miou']:.2f} mIoU; "
                   f"before {before['miou']:.2f}")  # fmt: skip
-            if not gradual_run:
+            if not cubic:
                 save(out / "best.pt", model, metrics=entry["untuned"])
         if args.epochs:
-            one = copy.copy(args)
-            one.epochs = max(1, args.epochs // turns)
-            objective = train.make_objective(
-                one, model, parent.train_set, out, device, teacher=parent.model, kl=args.kl,
-                temperature=args.temperature,
-            )  # fmt: skip
+            one = argparse.Namespace(**vars(args) | {"epochs": max(1, args.epochs // turns)})
+            teacher = dict(teacher=parent.model, kl=args.kl, temperature=args.temperature)
             done = train.fit_by_flags(
-                one, objective, parent.train_set, parent.val_set, script="prune.py", device=device,
-                save=functools.partial(save, network=model), last=last, **hooks_of(model, one, parent, last),
+                one, train.make_objective(one, model, parent.train_set, out, device, **teacher), parent.train_set,
+                parent.val_set, script="prune.py", device=device, save=functools.partial(save, network=model),
+                last=last, **hooks_of(model, one, parent, last),
             )  # fmt: skip
             if done["stopped"]:
                 return {"stopped": done["stopped"], "step": done["step"]}
@@ -1353,11 +1194,8 @@ def prune_once(args, command, parent, before, device, last, start):
 def cut_weights(model, amount, args, parent, entry, device):
     """Set single weights to 0, in place; BatchNorm anew where that helps."""
     weights, outside = weights_in(model, args.scope)
-    for why, names in by_reason(outside).items():
-        print(f"not pruned: {len(names)} tensors ({why}), {names[0]} for one")
     masks, left = two_of_four(weights) if args.pattern else (magnitude_masks(weights, amount, args.score), {})
-    for name, why in left.items():
-        print(f"not pruned: {name} ({why})")
+    print_reasons("not pruned", outside | left)
     apply_masks(weights, masks)
     gone, count = sum(int((~mask).sum()) for mask in masks.values()), sum(w.numel() for w in weights.values())
     print(f"pruned: {gone:,} of the {count:,} weights of {len(weights)} layers")
@@ -1368,27 +1206,24 @@ def cut_weights(model, amount, args, parent, entry, device):
 
 def cut_channels(model, amount, args, parent, entry, device):
     """Remove channels, in place; BatchNorm anew where that helps."""
-    images, size = calibration(args, device), parent.val_set[0][0][None].to(device)
-    gradients = None
+    images, gradients = calibration(args, device), None
     if args.importance == "taylor":
         objective = train.make_objective(args, model, parent.train_set, parent.out, device)
         steps = 2 if args.dry_run else max(1, args.calib_images // args.batch_size)
         options = dict(batch_size=args.batch_size, seed=args.seed, device=device, steps=steps)
         gradients = gradients_of(model, objective, parent.train_set, **options)
+    size = parent.val_set[0][0][None].to(device)
     plan, left = remove_channels(model, images, amount, args=args, gradients=gradients, size=size)
-    entry["plan"] = entry["plan"] | plan
-    entry["channels"] = list(model.channels)
-    for why, names in by_reason(left).items():
-        print(f"kept whole: {len(names)} layers ({why}), {names[0]} for one")
+    entry |= {"plan": entry["plan"] | plan, "channels": list(model.channels)}
+    print_reasons("kept whole", left)
     renorm_where_it_helps(model, images, args, parent, device)
 
 
-def by_reason(left):
-    """{name: why} -> {why: names}."""
-    found = {}
-    for name, why in left.items():
-        found.setdefault(why, []).append(name)
-    return found
+def print_reasons(what, left):
+    """A line for each reason in {name: why}."""
+    for why in dict.fromkeys(left.values()):
+        names = [name for name in left if left[name] == why]
+        print(f"{what}: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} ({why})")
 
 
 def calibration(args, device):
@@ -1401,16 +1236,14 @@ def calibration(args, device):
 def hooks_of(model, args, parent, last):
     """What fit() has to do besides: hold zeros, of earlier pruning too, or bring them."""
     every, _ = weights_in(model, "all")
-    if args.structured:
-        zeros = any(step["step"] == "prune" and step["kind"] == "weights" for step in parent.checkpoint["compression"])
-        return {"score_first": True} | ({"after_step": train.keep_zeros(every)} if zeros else {})
     if args.sparsity_schedule == "oneshot":
-        return {"score_first": True, "after_step": train.keep_zeros(every)}
+        earlier = [step["kind"] for step in parent.checkpoint["compression"] if step["step"] == "prune"]
+        zeros = not args.structured or "weights" in earlier
+        return {"score_first": True, "after_step": train.keep_zeros(every if zeros else {})}
     weights, _ = weights_in(model, args.scope)
-    steps = 2 if args.dry_run else train.total_steps(args, parent.train_set)
     grow, end = gradual(
-        weights, amount=args.amount, score=args.score, first=last["training"]["step"] if last else 0, steps=steps,
-        interval=args.interval,
+        weights, amount=args.amount, score=args.score, first=last["training"]["step"] if last else 0,
+        steps=2 if args.dry_run else train.total_steps(args, parent.train_set), interval=args.interval,
     )  # fmt: skip
     hold = train.keep_zeros({name: w for name, w in every.items() if name not in weights})
 
@@ -1423,35 +1256,24 @@ def hooks_of(model, args, parent, last):
 
 def report(args, command, parent, before, device, start):
     """Say what is gone, by the file that was written, and what it cost -> what results.json holds."""
-    path = parent.out / "best.pt"
+    path, size = parent.out / "best.pt", parent.val_set[0][0][None].to(device)
     model, checkpoint = models.load_checkpoint(path, device=device)
-    entry, size = checkpoint["compression"][-1], parent.val_set[0][0][None].to(device)
+    untuned = checkpoint["compression"][-1]["untuned"]
     metrics = evaluate.score(model, parent.val_set, device=device, out=parent.out, workers=args.workers)
-    weights = [name for name in weights_in(model, "all")[0] if name in checkpoint["state_dict"]]
+    weights, whole = weights_in(model, "all")[0], dict(parent.model.named_parameters())
     zeros, share = sparsity(checkpoint["state_dict"], weights)
-    shapes = dict(parent.model.named_parameters())
-    if args.structured:
-        kept = {name: checkpoint["state_dict"][name].numel() / shapes[name].numel() for name in weights}
-        draw_layers(kept, "share of the weights that is left", parent.out / "layers.png")
-    else:
-        draw_layers(zeros, "share of zeros", parent.out / "layers.png")
+    left = {name: w.numel() / whole[name].numel() for name, w in weights.items()}
+    label = "share of the weights that is left" if args.structured else "share of zeros"
+    draw_layers(left if args.structured else zeros, label, parent.out / "layers.png")
     macs, macs_before = (evaluate.count_macs(m, size) for m in (model, parent.model))
     more = {
         "amount": args.amount, "sparsity": share, "layers": zeros, "macs": macs, "macs_before": macs_before,
-        "macs_ratio": macs / macs_before, "miou_untuned": entry["untuned"]["miou"], "epochs": args.epochs,
+        "macs_ratio": macs / macs_before, "miou_untuned": untuned["miou"], "epochs": args.epochs,
     }  # fmt: skip
-    last = evaluate.Stage(metrics, model, checkpoint, path, command)
-    stages = {
-        "before": evaluate.Stage(
-            before, parent.model, parent.checkpoint, Path(args.weights), parent.checkpoint["command"]
-        ),
-        "pruned": evaluate.Stage(entry["untuned"]), "fine-tuned": last,
-    }  # fmt: skip
-    if not args.epochs:
-        del stages["fine-tuned"]
-        stages["pruned"] = last
-    seconds = time.perf_counter() - start
-    shared = dict(out=parent.out, seconds=seconds, device=device, dry_run=args.dry_run)
+    source = parent.model, parent.checkpoint, Path(args.weights), parent.checkpoint["command"]
+    stages = {"before": evaluate.Stage(before, *source), "pruned": evaluate.Stage(untuned)}
+    stages["fine-tuned" if args.epochs else "pruned"] = evaluate.Stage(metrics, model, checkpoint, path, command)
+    shared = dict(out=parent.out, seconds=time.perf_counter() - start, device=device, dry_run=args.dry_run)
     done = evaluate.before_after(stages, size, more=more, **shared)
     if args.structured:
         print(f"{100 * macs / macs_before:.1f}% of the multiply-accumulates, "

@@ -831,12 +831,16 @@ def open_splits(args):
     return train_set, datasets.open_dataset(args.dataset, "val", **common, **few)
 
 
-def calibration_images(args, device, count):
-    """Images (1, 3, H, W) of the training split, evenly spread, as the network sees them in evaluation; in a dry run
-    two corners of them."""
+def calibration_set(args):
+    """The training split as the network sees it in evaluation; in a dry run two images of it."""
+    few = dict(length=2) if args.dry_run else {}
     options = dict(root=args.data_root, size=args.size, cache=False, options=datasets.option_values(args))
-    few, corner = (dict(length=2), 112) if args.dry_run else ({}, None)
-    dataset = datasets.open_dataset(args.dataset, "train", **options, **few)
+    return datasets.open_dataset(args.dataset, "train", **options, **few)
+
+
+def calibration_images(args, device, count):
+    """Images (1, 3, H, W) of calibration_set(), evenly spread; in a dry run a corner of each."""
+    dataset, corner = calibration_set(args), 112 if args.dry_run else None
     count = min(count, len(dataset))
     return [dataset[i * len(dataset) // count][0][None, :, :corner, :corner].to(device) for i in range(count)]
 

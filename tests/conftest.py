@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,27 @@ def tiny_rows():
     for table, rows in zip((models.BACKBONES, models.NETWORKS), before, strict=True):
         table.clear()
         table.update(rows)
+
+
+FIGURES = {}  # by file name
+
+
+@pytest.fixture
+def figures_once(monkeypatch):
+    """The first figure of a name is drawn, others are its copies: drawing takes as long as all else in a small run."""
+    import evaluate
+
+    draw = evaluate.save_figure
+
+    def once(figure, path, **options):
+        path = Path(path)
+        if path.name not in FIGURES:
+            draw(figure, path, **options)
+            FIGURES[path.name] = path.read_bytes()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(FIGURES[path.name])
+
+    monkeypatch.setattr(evaluate, "save_figure", once)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import os
 
@@ -34,7 +35,17 @@ def build(backbone=None, head=None, num_classes=3, model=None, **options):
     torch.manual_seed(0)
     if model is None:
         backbone, head = backbone or "dinov2-tiny", head or "fpn"
+    if num_classes == 3 and not options and model is None:
+        network, random_state = _built(backbone, head)
+        torch.set_rng_state(random_state)
+        return copy.deepcopy(network)
     return build_model(num_classes=num_classes, backbone=backbone, head=head, model=model, **options)
+
+
+@functools.lru_cache(maxsize=1)
+def _built(backbone, head):
+    """(a network, the state of the random numbers then): several checks in a row begin with the same one."""
+    return build_model(num_classes=3, backbone=backbone, head=head), torch.get_rng_state()
 
 
 def save(path, model, **options):
@@ -216,10 +227,9 @@ def randomize_norms(model):
                 t.uniform_(low, low + 1)
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("backbone", TRAINABLE_HERE)
-def test_folding_batchnorm_leaves_none_and_changes_nothing(backbone, head):
-    model = build(backbone, head).eval()
+@pytest.mark.parametrize("net", NETS[: len(PAIRS)], ids=models.model_name)
+def test_folding_batchnorm_leaves_none_and_changes_nothing(net):
+    model, head = build(**net).eval(), net["head"]
     randomize_norms(model)
     images = torch.randn(2, 3, 45, 61)
     with torch.inference_mode():

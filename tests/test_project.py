@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmark
 import datasets
 import models
 import train
@@ -174,9 +176,33 @@ def workplace(tmp_path_factory):
     """A folder with what README's commands build on: a trained network, a photo."""
     folder = tmp_path_factory.mktemp("readme")
     call(folder, "python train.py --head fpn --dry-run")
+    return furnished(folder)
+
+
+@pytest.fixture(scope="module")
+def small_workplace(tmp_path_factory):
+    """The same, of small networks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("small"))
+        shrink_networks(patch)
+        train.main(["--head", "fpn", "--dry-run"])
+        return furnished(Path.cwd())
+
+
+def furnished(folder):
     shutil.move(folder / "checkpoints" / "dry-run" / "train", folder / "checkpoints" / "train")
     shutil.copy(folder / "checkpoints" / "train" / "examples.png", folder / "photo.jpg")
     return folder
+
+
+def shrink_networks(monkeypatch):
+    """Make DINOv2 four layers of width 32. No process of its own could load one: benchmark.py starts none."""
+    small = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=4)
+    for name in ("dinov2-small", "dinov2-base"):
+        row = models.BACKBONES[name]
+        small_row = dataclasses.replace(row, numbers=row.numbers | small, weights="absent")
+        monkeypatch.setitem(models.BACKBONES, name, small_row)
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *_, **__: {"peak_memory_mb": 9.0, "memory_added_mb": 1.0})
 
 
 def call(folder, command):
@@ -185,37 +211,50 @@ def call(folder, command):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-def trained(workplace, *, camvid):
+def run_here(command):
+    """A command in this process: one of its own imports for seconds."""
+    _, script, *flags = shlex.split(command)
+    threads = torch.get_num_threads()
+    importlib.import_module(Path(script).stem).main(flags)
+    torch.set_num_threads(threads)
+
+
+def trained(folder, *, camvid, size):
     """A checkpoint of two steps, on drawn scenes or on CamVid."""
     if not camvid:
-        return workplace / "checkpoints" / "train" / "best.pt"
-    if not (workplace / "camvid").exists():
-        flags = f"--dataset camvid --data-root {CAMVID} --backbone resnet18 --head unet"
-        call(workplace, f"python train.py {flags} --dry-run --out camvid")
-    return workplace / "camvid" / "best.pt"
+        return folder / "checkpoints" / "train" / "best.pt"
+    if not (folder / "camvid").exists():
+        flags = f"--dataset camvid --data-root {CAMVID} --backbone resnet18 --head unet {size}"
+        run_here(f"python train.py {flags} --dry-run --out camvid")
+    return folder / "camvid" / "best.pt"
 
 
+@pytest.mark.usefixtures("figures_once")
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["small", "whole"])
 @pytest.mark.parametrize("command", commands())
-def test_readme_command(command, workplace, monkeypatch):
-    if "camvid" in command.lower():
+def test_readme_command(command, whole, request, monkeypatch):
+    folder, size = request.getfixturevalue("workplace" if whole else "small_workplace"), ""
+    monkeypatch.chdir(folder)
+    if not whole:
+        shrink_networks(monkeypatch)
+        size = "--size 90 120 --crop 90 120"
+    camvid = "camvid" in command.lower()
+    if camvid:
         if not CAMVID.exists():
             pytest.skip("CamVid is not here")
         command = command.replace("--data-root CamVid", f"--data-root {CAMVID}")
+        command += f" {size}" if "train.py" in command else ""
     paths = re.search(r"--weights((?: checkpoints/\S+)+)", command)
     for path in paths[1].split() if paths else ():  # what an earlier command would have left
-        weights = workplace / path if path.endswith(".pt") else workplace / path / "a" / "best.pt"
+        weights = folder / path if path.endswith(".pt") else folder / path / "a" / "best.pt"
         if not weights.exists():
             weights.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(trained(workplace, camvid="camvid" in command.lower()), weights)
+            shutil.copy(trained(folder, camvid=camvid, size=size), weights)
     if "benchmark.py" in command:  # other backends compile for minutes, and have tests of their own
         command = re.sub("--backend [a-z ]+", "--backend torch ", command)
         command = re.sub("--size [0-9]+ [0-9]+", "--size 64 96", command)
     dry = "" if "--time-steps" in command else "--dry-run"
-    _, script, *flags = shlex.split(f"{re.sub('--time-steps [0-9]+', '--time-steps 3', command)} {dry}")
-    monkeypatch.chdir(workplace)
-    threads = torch.get_num_threads()
-    importlib.import_module(Path(script).stem).main(flags)  # here: a process of its own imports for seconds
-    torch.set_num_threads(threads)
+    run_here(f"{re.sub('--time-steps [0-9]+', '--time-steps 3', command)} {dry}")
 
 
 def test_readmes_python_labels_a_photo(workplace, monkeypatch):
@@ -262,8 +301,9 @@ CONTRACT = {
 }
 
 
+@pytest.mark.usefixtures("figures_once")
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, workplace, tmp_path, monkeypatch):
+def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, small_workplace, tmp_path, monkeypatch):
     module = importlib.import_module(script)
     read = {option for row in datasets.DATASETS.values() for option in row.options}  # by datasets.option_values()
 
@@ -280,7 +320,7 @@ def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, 
         return parse_args(parser, args, namespace)
 
     monkeypatch.chdir(tmp_path)
-    shutil.copy(workplace / "photo.jpg", "photo.jpg")
+    shutil.copy(small_workplace / "photo.jpg", "photo.jpg")
     train.main([*shlex.split(SMALL), "--dry-run", "--out", "checkpoints/train"])
     out = {"benchmark": "b", "export_onnx": "e.onnx"}.get(script, "flags")
     for flags in SCRIPTS[script]:

@@ -184,7 +184,7 @@ TINY = ["--size", "40", "56", "--crop", "40", "56", "--batch-size", "2", "--work
 
 
 @pytest.fixture
-def float_checkpoint(tmp_path):
+def float_checkpoint(tmp_path, figures_once):
     """A checkpoint of train.py's kind, of a network with norms, a residual and attention, on few drawn scenes."""
 
     def write(**build):

@@ -25,7 +25,7 @@ SMALL += ["--amp", "off", "--warmup", "2"]
 
 
 @pytest.fixture(autouse=True)
-def few_scenes(monkeypatch):
+def few_scenes(monkeypatch, figures_once):
     row = dataclasses.replace(datasets.DATASETS["synthetic"], lengths={"train": 10, "val": 3, "test": 2})
     monkeypatch.setitem(datasets.DATASETS, "synthetic", row)
 
