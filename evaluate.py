@@ -821,7 +821,7 @@ def before_after(stages, image, *, out, seconds, device, more, dry_run=False):
     stages: {name: Stage}, the first what it started from, the last what it wrote; all scored by the same evaluate().
     Networks that are there are timed on `image` (1, 3, H, W), in turns, BatchNorm folded, and metered where there is a
     meter. The keys are those of results() of the last, `before` with those of the first, latency_ms and energy_j of
-    both, and `more`. A table of all stages is printed.
+    both, macs and macs_before (None of a quantized network), and `more`. A table of all stages is printed.
     """
     first, *_, last = stages.values()
     shared = dict(split="val", device=device, seconds=seconds)
@@ -833,12 +833,15 @@ def before_after(stages, image, *, out, seconds, device, more, dry_run=False):
     latency = dict(zip(timed, milliseconds(calls, 1 if dry_run else 10), strict=True))
     joules, no_energy = energy_of(calls, device, seconds=0.1 if dry_run else 2)
     energy = dict(zip(timed, joules, strict=True))
-    done |= {"before": before}
+    macs = {n: None if hasattr(m, "points") else count_macs(m, image.to(device)) for n, m in timed.items()}
+    done |= {"before": before, "macs": macs[list(stages)[-1]], "macs_before": macs[next(iter(stages))]}
     for key, values in (("latency_ms", list(latency.values())), ("energy_j", joules)):
         done |= {key: values[-1], f"{key}_before": values[0]}
     write_json(Path(out) / "results.json", done | more)
     print_table([
         {"network": name, "mIoU": s.metrics["miou"], "mAcc": s.metrics["macc"], "aAcc": s.metrics["aacc"],
+         "parameters, M": models.count_params(s.model)[0] / 1e6 if s.model is not None else None,
+         "MACs, G": macs[name] / 1e9 if macs.get(name) else None,
          "file, MiB": weights_mb(s.path, s.checkpoint) if s.path else None, "latency, ms": latency.get(name),
          **({} if no_energy else {"energy, J": energy.get(name)})}
         for name, s in stages.items()
