@@ -600,6 +600,37 @@ class SegmentationDataset(Dataset):
             return self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
 
 
+class FeatureViews(Dataset):
+    """`count` augmented views of each image of a data set, as the features that encode(images) gives of them, which are
+    kept: in memory, in this process, from when they are first asked for.
+
+    An item is the view's number (1, 1, 1), in the place of an image, and its target. encode(numbers (N, 1, 1, 1)) of
+    this class gives the features of a batch.
+    """
+
+    def __init__(self, dataset, count, encode, *, dtype=torch.float32):
+        self.dataset, self.count, self._encode, self.dtype, self.kept = dataset, count, encode, dtype, {}
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def file(self, i):
+        return self.dataset.file(i)
+
+    def __getitem__(self, key):
+        i, seed = key
+        number = i * self.count + seed % self.count
+        if number not in self.kept:
+            image, target = self.dataset[i, mix_seed(number)]
+            features = [f.to(self.dtype) for f in self._encode(image[None])]
+            self.kept[number] = features, target.to(torch.uint8)
+        return torch.full((1, 1, 1), float(number)), self.kept[number][1].long()
+
+    def encode(self, numbers):
+        rows = [self.kept[int(number)][0] for number in numbers.flatten()]
+        return [torch.cat(maps) for maps in zip(*rows, strict=True)]
+
+
 @contextmanager
 def one_thread():
     """Work on one image is too small to share: on a busy machine torch's threads would mostly wait for each other."""

@@ -24,6 +24,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -60,17 +61,20 @@ class Objective(nn.Module):
     (images (N, 3, H, W), target (N, H, W)) -> scalar loss: that of the logits, resized in float32 to the target's
     size, plus aux_weight times that of each auxiliary output, plus kl times losses.distillation() from a teacher, a
     network in eval mode, at `temperature`. `loss` None: the set loss of a network that has queries, which takes no
-    teacher.
+    teacher. encode: what gives the features, in place of the network's own encode().
     """
 
-    def __init__(self, model, loss, aux_weight=0.4, ignore_index=255, *, teacher=None, kl=0.0, temperature=1.0):
+    def __init__(
+        self, model, loss, aux_weight=0.4, ignore_index=255, *, teacher=None, kl=0.0, temperature=1.0, encode=None
+    ):
         super().__init__()
+        self.encode = encode or model.encode
         self.model, self.loss, self.aux_weight, self.ignore_index = model, loss, aux_weight, ignore_index
         self.teacher = (teacher,) if kl else None  # in a tuple: its weights are neither trained nor kept
         self.kl, self.temperature = kl, temperature
 
     def forward(self, images, target):
-        features = self.model.encode(images)
+        features = self.encode(images)
         if self.loss is None:
             head = self.model.head
             return losses.mask_set_loss(head.queries(features), target, self.ignore_index, stride=head.stride)
@@ -747,10 +751,10 @@ def saver(args, command, *, data, pretrained, lineage, compression=()):
     return save
 
 
-def make_objective(args, model, train_set, out, device, **teacher):
-    """The Objective that the flags describe; teacher: as Objective has it."""
+def make_objective(args, model, train_set, out, device, **more):
+    """The Objective that the flags describe; more: its teacher or encode."""
     loss = make_loss(args, model, train_set, out)
-    return Objective(model, loss, args.aux_weight, train_set.info.ignore_index, **teacher).to(device)
+    return Objective(model, loss, args.aux_weight, train_set.info.ignore_index, **more).to(device)
 
 
 def optimizer_and_schedule(args, objective, steps):
@@ -768,16 +772,18 @@ def total_steps(args, train_set):
     return args.epochs * max(1, len(train_set) // args.batch_size)
 
 
-def fit_by_flags(args, objective, train_set, val_set, *, script, device, save, last=None, **hooks):
+def fit_by_flags(args, objective, train_set, val_set, *, script, device, save, last=None, adjust=None, **hooks):
     """fit() as the flags say, with norms frozen for the last epochs; then draws curves.png -> what fit() returns.
 
-    save(path, **more) writes the network. last: the last.pt to go on from. hooks: after_step, score_first and
-    score_from of fit().
+    save(path, **more) writes the network. last: the last.pt to go on from. adjust(optimizer) may change its groups.
+    hooks: after_step, score_first and score_from of fit().
     Where a signal stopped it, it says how to go on, and draws nothing.
     """
     rank, _ = rank_and_world()
     out, training = Path(args.out), last and last["training"]
     optimizer, schedule = optimizer_and_schedule(args, objective, total_steps(args, train_set))
+    if adjust:
+        adjust(optimizer)
 
     def on_epoch_start(epoch):
         if epoch >= args.epochs - args.frozen_norm_epochs:
@@ -964,6 +970,42 @@ def time_steps(args, objective, train_set, device):
     }
     evaluate.print_table([{"what": k, "value": round(v, 3)} for k, v in speeds.items()])
     return speeds
+
+
+def step_costs(args, objectives, device, steps=5):
+    """What a step of each of {name: (objective, training set)} costs -> {name: {"step_ms", "step_memory_mb"}}.
+
+    Copies take turns on a batch, so that a drifting machine slows all alike; medians. The memory is that of weights,
+    gradients, optimizer state and what is kept for the backward pass.
+    """
+    runs, amp_dtype = {}, evaluate.AMP_DTYPES[args.amp]
+    for name, (objective, train_set) in objectives.items():
+        loader = datasets.train_loader(train_set, batch_size=args.batch_size, start=0, stop=1, seed=args.seed)
+        images, target = (x.to(device) for x in next(iter(loader)))
+        own = copy.deepcopy(objective).train()
+        optimizer = optimizer_and_schedule(args, own, 1)[0]
+        batch = images.to(memory_format=torch.channels_last), target
+        runs[name] = functools.partial(train_step, own, optimizer, *batch, amp_dtype=amp_dtype, clip=args.clip)
+    costs, seconds = {}, {name: [] for name in runs}
+    for name, run in runs.items():
+        own, optimizer = run.args[:2]
+        kept = {t.data_ptr(): t.nbytes for t in (*own.parameters(), *own.buffers())}
+
+        def keep(t, kept=kept):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            run()
+        state = [t for values in optimizer.state.values() for t in values.values() if torch.is_tensor(t)]
+        more = sum(t.nbytes for t in (*state, *(p.grad for p in own.parameters() if p.grad is not None)))
+        costs[name] = {"step_memory_mb": (sum(kept.values()) + more) / 2**20}
+    for _ in range(steps):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: {"step_ms": 1000 * statistics.median(seconds[name])} | costs[name] for name in runs}
 
 
 def main(argv=None):
