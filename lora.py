@@ -141,9 +141,10 @@ class LoRA(nn.Module):
             return out
         with torch.no_grad():
             norm = self.norm(self.base.weight.float() + self.delta())
+        bias = torch.zeros_like(norm) if self.bias is None else self.bias
         place = (-1,) if isinstance(self.base, nn.Linear) else (-1, 1, 1)
-        gain, bias = (self.magnitude / norm).to(out.dtype).view(place), self.bias
-        return gain * out if bias is None else gain * (out - bias.view(place)) + bias.view(place)
+        gain, bias = (t.to(out.dtype).view(place) for t in (self.magnitude / norm, bias))
+        return gain * (out - bias) + bias
 
     @torch.no_grad()
     def merge(self):
