@@ -7,28 +7,26 @@
     python lora.py --method head --cache-features 4          # or is not run again: four views of each image are kept
     python evaluate.py --adapter checkpoints/lora/adapter.pt # the network that was adapted, with the adapter
 
-LoRA (Hu et al. 2021): a layer with weights W computes W x + s B A x with A of `rank` outputs, B = 0 at the start, and s
+LoRA (Hu et al. 2021): a layer with weights W computes W x + s B A x with A of `rank` outputs, B = 0 at the start and s
 = alpha / rank; only A and B learn. Of a convolution A is a convolution with all of its arguments (kernel, stride,
-padding and its mode, dilation, groups; transposed or not), and B a 1x1 one with the same groups. As both are linear,
-W + s B A is one layer of the same kind: merge() puts it in W's place, and the network is as fast as it was before. A
-layer of which A and B would be larger than W, such as a depthwise one, is trained itself.
+padding and its mode, dilation, groups; transposed or not) and B a 1x1 one with the same groups. Both are linear, so W +
+s B A is one layer of the same kind: merge() puts it in W's place, and the network is as fast as before. A layer smaller
+than its A and B, such as a depthwise one, is trained itself.
 
---rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023). --dora: W + s B A is given rows of a norm that learns by itself
+--rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023). --dora: the norms of the rows of W + s B A learn by themselves
 (Liu et al. 2024). --lr-ratio: B learns faster than A (Hayou et al. 2024). --init svd: A and B start as the smallest
-singular vectors of W, the first third of the backbone is left alone and biases learn (SoMA, Yun et al. 2025). --init
-data: A starts as the main directions of what the layer sees (EVA, Paischer et al. 2024). W is never written to: what A
-and B start from is subtracted, W x + s (B A - B0 A0) x.
+singular vectors of W, biases learn, the first third of the backbone does not (SoMA, Yun et al. 2025). --init data: A
+starts as the main directions of what the layer sees (EVA, Paischer et al. 2024). W is never written to: what A and B
+start from is subtracted, W x + s (B A - B0 A0) x.
 
-Writes to --out (default checkpoints/lora): best.pt, a plain network like any other; adapter.pt, what was trained, and
+Writes to --out (default checkpoints/lora): best.pt, a plain network like any other; adapter.pt, what was trained and
 the hash of the network that it belongs to; last.pt, history.csv, results.json, figures.
 """
 
 import argparse
 import collections
 import copy
-import csv
 import fnmatch
-import functools
 import math
 import re
 import time
@@ -68,8 +66,8 @@ class LoRA(nn.Module):
         self.lora_B = nn.Parameter(base.weight.new_zeros(b))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as a layer of torch starts
         self.magnitude = nn.Parameter(self.norm(base.weight.detach())) if dora else None
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
+        for name in ("start_A", "start_B"):
+            self.register_buffer(name, None)
 
     def matrix(self, weight):
         """W or A -> (groups, outputs of a group, inputs of a group x places of the kernel)."""
@@ -89,16 +87,16 @@ class LoRA(nn.Module):
         return self.matrix(weight.float()).norm(dim=2).flatten()
 
     def delta(self):
-        """s B A, or s (B A - B0 A0), shaped like W and in float32."""
-
-        def product(b, a):
-            return b.float().view(self.groups, -1, b.shape[1]) @ self.matrix(a.float())
-
+        """s (B A - B0 A0), shaped like W and in float32."""
+        pairs = [(b.float().view(self.groups, -1, b.shape[1]), self.matrix(a.float())) for a, b in self.branches()]
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            total = product(self.lora_B, self.lora_A)
-            if self.start_A is not None:
-                total = total - product(self.start_B, self.start_A)
-            return self.scaling * self.from_matrix(total)
+            first, *start = (b @ a for b, a in pairs)
+            return self.scaling * self.from_matrix(first - sum(start))
+
+    def branches(self):
+        """(A, B) and, where they do not start from zero, what they started from."""
+        started = self.start_A is not None
+        return [(self.lora_A, self.lora_B)] + ([(self.start_A, self.start_B)] if started else [])
 
     @property
     def bias(self):
@@ -115,28 +113,25 @@ class LoRA(nn.Module):
         gain = self.magnitude / self.norm(weight.detach())  # the norm is taken for a constant, as in the paper
         return self.from_matrix(self.matrix(weight) * gain.view(self.groups, -1, 1))
 
-    def down(self, x, weight):
-        """x through a layer like the base with other weights, and no bias."""
-        base = self.base
-        if isinstance(base, nn.Linear):
-            return F.linear(x, weight)
-        if self.transposed:
-            more = base.stride, base.padding, base.output_padding, base.groups, base.dilation
-            return F.conv_transpose2d(x, weight, None, *more)
-        return base._conv_forward(x, weight, None)
+    def down(self, x, a):
+        """x through a layer like the base, with all of its arguments, with weights A and no bias."""
+        if a.ndim == 2:
+            return F.linear(x, a)
+        if not self.transposed:
+            return self.base._conv_forward(x, a, None)
+        stride, padding, more = self.base.stride, self.base.padding, self.base.output_padding
+        return F.conv_transpose2d(x, a, None, stride, padding, more, self.groups, self.base.dilation)
 
-    def up(self, x, weight):
-        return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, groups=self.groups)
+    def up(self, x, b):
+        return F.linear(x, b) if b.ndim == 2 else F.conv2d(x, b, groups=self.groups)
 
     def forward(self, x):
         out = self.base(x)
         if self.original is not None:
             return out
         x = self.dropout(x)
-        branch = self.up(self.down(x, self.lora_A), self.lora_B)
-        if self.start_A is not None:
-            branch = branch - self.up(self.down(x, self.start_A), self.start_B)
-        out = torch.add(out, branch, alpha=self.scaling)
+        for sign, (a, b) in zip((1, -1), self.branches(), strict=False):
+            out = torch.add(out, self.up(self.down(x, a), b), alpha=sign * self.scaling)
         if self.magnitude is None:
             return out
         with torch.no_grad():
@@ -185,16 +180,6 @@ def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
 
 
-def merge(model):
-    for layer in lora_layers(model).values():
-        layer.merge()
-
-
-def unmerge(model):
-    for layer in lora_layers(model).values():
-        layer.unmerge()
-
-
 @torch.no_grad()
 def start_from_data(model, batches, rounds=8):
     """A of each LoRA layer becomes the main directions of what the layer sees -> names of layers that nobody calls.
@@ -202,25 +187,24 @@ def start_from_data(model, batches, rounds=8):
     They are the first eigenvectors of the covariance X'X of its patches, by subspace iteration: X'X A' is the gradient
     of |A x|^2 / 2, so no layer's patches are ever laid out, whatever its arguments.
     """
-    layers = lora_layers(model)
+    layers, sums = lora_layers(model), {}
+
+    def see(layer, inputs):
+        with torch.enable_grad():
+            a = layer.lora_A.detach().requires_grad_()
+            y = layer.down(inputs[0].detach(), a).float()
+            y = y - y.mean([d for d in range(y.ndim) if d != (y.ndim - 1 if a.ndim == 2 else 1)], keepdim=True)
+            sums[layer] = sums.get(layer, 0) + torch.autograd.grad(y.square().sum() / 2, a)[0]
+
+    hooks = [layer.register_forward_pre_hook(see) for layer in layers.values()]
     for _ in range(rounds):
-        sums = {}
-
-        def see(layer, inputs, sums=sums):
-            with torch.enable_grad():
-                a = layer.lora_A.detach().requires_grad_()
-                y = layer.down(inputs[0].detach(), a).float()
-                channel = y.ndim - 1 if isinstance(layer.base, nn.Linear) else 1
-                y = y - y.mean([d for d in range(y.ndim) if d != channel], keepdim=True)
-                sums[layer] = sums.get(layer, 0) + torch.autograd.grad(y.square().sum() / 2, a)[0]
-
-        hooks = [layer.register_forward_pre_hook(see) for layer in layers.values()]
+        sums.clear()
         for images in batches:
             model(images)
-        for hook in hooks:
-            hook.remove()
         for layer, total in sums.items():
             layer.lora_A.copy_(layer.from_matrix(torch.linalg.qr(layer.matrix(total).mT).Q.mT))
+    for hook in hooks:
+        hook.remove()
     return [name for name, layer in layers.items() if layer not in sums]
 
 
@@ -230,33 +214,16 @@ METHODS = {"classifier": 1e-2, "head": 1e-3, "lora-head": 1e-3, "full": 3e-4, "l
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv", "attn.proj")  # ends of names in the zoo's transformers
 
 
-class Patch:
-    """What was set on the modules of a network, and what was there before: undo() puts the very objects back.
+class Adapted(models.Patch):
+    """A network with LoRA layers, and with trained tensors, in places.
 
     layers: names of those with LoRA. trained: names of the parameters and buffers that change themselves. numbers:
     {attribute of a module: its value} that a new number of classes changed. options: of the LoRA layers.
     """
 
     def __init__(self, model, **options):
-        self.model, self.options, self.device = model, options, next(model.parameters()).device
-        self.before, self.layers, self.trained, self.numbers = [], [], [], {}
-        for p in model.parameters():
-            self.set(p, "requires_grad", False)
-
-    def set(self, owner, name, value):
-        self.before.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    def undo(self):
-        while self.before:
-            setattr(*self.before.pop())
-
-    def put(self, name, value):
-        """Set a submodule, a parameter (to a tensor), a buffer or another attribute by its whole name."""
-        path, _, leaf = name.rpartition(".")
-        owner = self.model.get_submodule(path)
-        value = value.to(self.device) if torch.is_tensor(value) else value
-        self.set(owner, leaf, nn.Parameter(value) if leaf in owner._parameters else value)
+        super().__init__(model)
+        self.layers, self.trained, self.numbers, self.options = [], [], {}, options
 
     def wrap(self, name):
         """Put a LoRA layer around the layer of that name."""
@@ -270,6 +237,17 @@ class Patch:
         return {k: t.detach() for k, t in own.items() if t is not None} | {name: plain[name] for name in self.trained}
 
 
+def merged_state(model):
+    """The state_dict of the plain network that computes the same."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.merge()
+    state = plain_state(model)
+    for layer in layers:
+        layer.unmerge()
+    return state
+
+
 def plain_state(model):
     """The state_dict of a network without the branches of its LoRA layers, by the names of the plain network."""
     layers, found = lora_layers(model), {}
@@ -281,9 +259,13 @@ def plain_state(model):
     return found
 
 
-def hits(model, patterns):
-    """Names of the layers that the patterns name. ModelError where one names none."""
+def targets_of(model, method, patterns):
+    """Names of the layers that the patterns name; without any, the method's: of lora-full the head and the backbone's
+    attention, or all layers where it has none. ModelError where a pattern names none."""
     names, found = [name for name, m in model.named_modules() if isinstance(m, KINDS)], set()
+    if not patterns:
+        attention = [f"backbone.*{end}" for end in ATTENTION if fnmatch.filter(names, f"backbone.*{end}")]
+        patterns = {"lora-head": ["head.*"], "lora-full": ["head.*", *(attention or ["backbone.*"])]}.get(method, [])
     for pattern in patterns:
         if not (new := fnmatch.filter(names, pattern)):
             raise ModelError(
@@ -293,15 +275,8 @@ def hits(model, patterns):
     return [name for name in names if name in found]
 
 
-def preset(model, method):
-    """The patterns of a method: of lora-full the head and the backbone's attention, or all layers where it has none."""
-    names = [name for name, m in model.backbone.named_modules() if isinstance(m, KINDS)]
-    ends = [f"backbone.*{end}" for end in ATTENTION if any(name.endswith(end) for name in names)]
-    return {"lora-head": ["head.*"], "lora-full": ["head.*", *(ends or ["backbone.*"])]}.get(method, [])
-
-
 def adapt(model, method, *, num_classes, targets=(), soma=False, norm_stats=False, **options):
-    """Freeze a network, and make trainable, in place, what a method trains -> Patch; no tensor that it had is written.
+    """Freeze a network, and make trainable, in place, what a method trains -> Adapted; no tensor of it is written.
 
     targets: patterns in place of the method's. soma: biases learn, and the first third of the backbone's targets is
     left alone. norm_stats: BatchNorm's statistics move. options: of LoRA.
@@ -309,7 +284,7 @@ def adapt(model, method, *, num_classes, targets=(), soma=False, norm_stats=Fals
     own = models.skeleton(model.build, freeze_backbone=False).named_parameters()
     classifier, part = models.classifier_of(model.build), {"full": "", "head": "head."}.get(method)
     trained = classifier + [name for name, p in own if p.requires_grad and part is not None and name.startswith(part)]
-    chosen = [name for name in hits(model, targets or preset(model, method)) if f"{name}.weight" not in classifier]
+    chosen = [name for name in targets_of(model, method, targets) if f"{name}.weight" not in classifier]
     early = [name for name in chosen if name.startswith("backbone.")] if soma else []
     layers = {name: model.get_submodule(name) for name in chosen if name not in early[: round(len(early) / 3)]}
     small = [name for name, m in layers.items() if sum(map(math.prod, shapes(m, options["rank"]))) < m.weight.numel()]
@@ -318,7 +293,7 @@ def adapt(model, method, *, num_classes, targets=(), soma=False, norm_stats=Fals
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     moving = {n: m for n, m in norms.items() if norm_stats and (n.startswith("head.") or method.endswith("full"))}
     trained += [f"{name}.{key}" for name, m in moving.items() for key, _ in m.named_buffers()]
-    patch = Patch(model, **options)
+    patch = Adapted(model, **options)
     if num_classes != model.build["num_classes"]:
         for name, value in models.new_classifier(model, num_classes).items():
             patch.put(name, value)
@@ -335,8 +310,8 @@ def adapt(model, method, *, num_classes, targets=(), soma=False, norm_stats=Fals
 
 
 def attach(model, adapter):
-    """Put what adapter.pt holds into the network that it belongs to -> Patch. Nothing in the network is written to."""
-    patch, branches = Patch(model, **adapter["options"]), {}
+    """Put what adapter.pt holds into the network that it belongs to -> Adapted. No tensor of it is written."""
+    patch, branches = Adapted(model, **adapter["options"]), {}
     for key, value in (adapter["numbers"] | adapter["state"]).items():
         name, _, leaf = key.rpartition(".")
         if leaf in TENSORS:
@@ -367,12 +342,7 @@ def make_parser():
     yes_no = argparse.BooleanOptionalAction
     add("--weights", default="checkpoints/train/best.pt", help="float checkpoint to adapt; it is left as it is")
     add("--method", choices=[*METHODS, "all"], default="lora-full", help="what is trained; all: each, and a table")
-    add(
-        "--targets",
-        nargs="+",
-        metavar="PATTERN",
-        help="layers with LoRA, e.g. 'backbone.*.fc1'; left out: the method's",
-    )
+    add("--targets", nargs="+", metavar="PATTERN", help="layers with LoRA, e.g. '*.fc1'; left out: the method's")
     add("--rank", type=datasets.positive_int, default=8, help="outputs of A")
     add("--alpha", type=datasets.positive_float, default=32.0, help="the branch counts alpha / rank")
     add("--dropout", type=datasets.share_below_1, default=0.1, help="on the input of the branch")
@@ -413,20 +383,21 @@ def main(argv=None):
 
 def tune(args, command, parent, device, last):
     """One run: adapt, train, report -> what results.json holds."""
-    start, model, out, info = time.perf_counter(), parent.model, parent.out, parent.val_set.info
-    args.lr = METHODS[args.method] if args.lr is None else args.lr
-    is_lora, whole = args.method.startswith("lora"), args.method in ("head", "full")
-    zeros = [step for step in parent.checkpoint["compression"] if step.get("kind") == "weights"]
-    if zeros and is_lora:
+    start, model, checkpoint, info = time.perf_counter(), parent.model, parent.checkpoint, parent.val_set.info
+    if any(step.get("kind") == "weights" for step in checkpoint["compression"]):
         raise ModelError(f"{args.weights} has weights pruned to 0, which B A would fill: prune what lora.py writes")
+    args.lr = METHODS[args.method] if args.lr is None else args.lr
+    norm_stats = args.method in ("head", "full") if args.norm_stats is None else args.norm_stats
     full, classes = copy.deepcopy(model), len(info.classes)
     adapt(full, "full", num_classes=classes, norm_stats=True, rank=args.rank)
     patch = adapt(
-        model, args.method, num_classes=classes, targets=args.targets if is_lora else (), soma=args.init == "svd",
-        norm_stats=whole if args.norm_stats is None else args.norm_stats, rank=args.rank, alpha=args.alpha,
-        dropout=args.dropout, rslora=args.rslora, dora=args.dora,
+        model, args.method, num_classes=classes, targets=args.targets if args.method.startswith("lora") else (),
+        soma=args.init == "svd", norm_stats=norm_stats, rank=args.rank, alpha=args.alpha, dropout=args.dropout,
+        rslora=args.rslora, dora=args.dora,
     )  # fmt: skip
-    describe(patch, args)
+    for kind, names in ((f"LoRA of rank {args.rank}", patch.layers), ("trained itself", patch.trained)):
+        like = collections.Counter(re.sub(r"(?<=\.)\d+", "*", name) for name in names)
+        print(f"{kind}:", ", ".join(f"{name} ({count})" for name, count in like.items()) or "nothing")
     if args.init == "svd":
         for layer in lora_layers(model).values():
             layer.start_from_svd()
@@ -434,43 +405,36 @@ def tune(args, command, parent, device, last):
         for name in start_from_data(model, train.calibration_images(args, device, 16)):
             print(f"starts as by default: {name}, which is not called as a layer")
     encode, train_set = trunk(args, model, full, parent.train_set, device)
-    objective = train.make_objective(args, model, parent.train_set, out, device, encode=encode)
+    objective = train.make_objective(args, model, parent.train_set, parent.out, device, encode=encode)
     plain = train.Objective(full, objective.loss, objective.aux_weight, objective.ignore_index).to(device)
     pair = {"": (objective, train_set), "_full": (plain, parent.train_set)}
     costs = train.step_costs(args, pair, device, 1 if args.dry_run else 5)
+    del full, plain, pair  # they take as much memory as the network
     if args.minutes and not last:
-        an_epoch = train.total_steps(args, train_set) / args.epochs * costs[""]["step_ms"] / 60e3
-        args.epochs = max(1, int(args.minutes / an_epoch))
-    shapes_now = {name: list(tensor.shape) for name, tensor in plain_state(model).items()}
-    steps = [
-        step | {"plan": {name: shapes_now[name] for name in step["plan"]}} if "plan" in step else step
-        for step in parent.checkpoint["compression"]
-    ]
+        steps = args.minutes * 60e3 / costs[""]["step_ms"]
+        args.epochs = max(1, int(steps * args.epochs / train.total_steps(args, train_set)))
+    base = {"id": checkpoint["id"], "hash": models.fingerprint(checkpoint["state_dict"])}
     write = train.saver(
-        args, command, data=info.to_dict(), pretrained=parent.checkpoint["pretrained"],
-        lineage=[*parent.checkpoint["lineage"], train.ancestor(parent.checkpoint)], compression=steps,
+        args, command, data=info.to_dict(), pretrained=checkpoint["pretrained"], compression=checkpoint["compression"],
+        lineage=[*checkpoint["lineage"], train.ancestor(checkpoint)],
     )  # fmt: skip
-    base = {"id": parent.checkpoint["id"], "hash": models.fingerprint(parent.checkpoint["state_dict"])}
-    about = {"adapter": 1, "base": base, "method": args.method, "data": info.to_dict(), "command": command}
-    about |= {"args": {"data_root": train.plain(args.data_root)}, "options": patch.options, "numbers": patch.numbers, "build": model.build}
 
     def save(path, metrics, training=None):
-        """A plain network with the branches merged; last.pt has the adapter beside it, of the others it is a file."""
-        more = {"training": training | {"adapter": patch.state()}} if training else {}
-        if not training:
-            with models.replacing(out / "adapter.pt") as temporary:
-                torch.save(about | {"state": patch.state(), "metrics": metrics}, temporary)
-        merge(model)
-        write(path, model, metrics=metrics, state_dict=plain_state(model), **more)
-        unmerge(model)
+        """A plain network, merged. What was trained is in last.pt, for --resume, or else in adapter.pt."""
+        state, about = patch.state(), {"args": {"data_root": train.plain(args.data_root)}, "data": info.to_dict()}
+        if training:
+            training = training | {"adapter": state}
+        else:
+            about |= dict(base=base, build=model.build, options=patch.options, numbers=patch.numbers, metrics=metrics)
+            with models.replacing(parent.out / "adapter.pt") as temporary:
+                torch.save({"adapter": 1, "state": state, **about}, temporary)
+        write(path, model, metrics=metrics, training=training, state_dict=merged_state(model))
 
-    state = patch.state()
-    for name, tensor in last["training"]["adapter"].items() if last else ():
-        state[name].copy_(tensor)
-    hooks = {"after_step": train.keep_zeros({n: p for n, p in model.named_parameters() if p.ndim > 1})} if zeros else {}
+    for name, tensor in patch.state().items() if last else ():
+        tensor.copy_(last["training"]["adapter"][name])
     done = train.fit_by_flags(
         args, objective, train_set, parent.val_set, script="lora.py", device=device, save=save, last=last,
-        adjust=functools.partial(speed_up, model=model, ratio=args.lr_ratio), **hooks,
+        factors=[(args.lr_ratio, ".lora_B")],
     )  # fmt: skip
     trained, branches = models.count_params(model)[1], sum(t.numel() for k, t in patch.state().items() if "lora_" in k)
     patch.undo()
@@ -481,14 +445,6 @@ def tune(args, command, parent, device, last):
     more |= {"lora_params": branches, "trained_percent": 100 * trained / models.count_params(model)[0]}
     more |= {f"{key}{name}": value for name, cost in costs.items() for key, value in cost.items()}
     return report(args, command, parent, more, device, start)
-
-
-def describe(patch, args):
-    """Say what has LoRA and what is trained itself: one line for names that differ by numbers alone."""
-    branches = [f"{name}, rank {args.rank}" for name in patch.layers]
-    for kind, names in (("LoRA", branches), ("trained itself", patch.trained)):
-        for name, count in collections.Counter(re.sub(r"(?<=\.)\d+", "*", name) for name in names).items():
-            print(f"{kind}: {name}" + (f" ({count})" if count > 1 else ""))
 
 
 def trunk(args, model, full, train_set, device):
@@ -513,69 +469,49 @@ def trunk(args, model, full, train_set, device):
     return (lambda numbers: views.encode(numbers)), views
 
 
-def speed_up(optimizer, *, model, ratio):
-    """Give B its own groups, of `ratio` times the learning rate (LoRA+)."""
-    fast = {id(layer.lora_B) for layer in lora_layers(model).values()}
-    for group in list(optimizer.param_groups) if ratio != 1 else ():
-        ours = [p for p in group["params"] if id(p) in fast]
-        if ours:
-            group["params"] = [p for p in group["params"] if id(p) not in fast]
-            optimizer.add_param_group(group | {"params": ours, "base_lr": ratio * group["base_lr"]})
-
-
 def report(args, command, parent, more, device, start):
-    """Score the two networks on the two data sets, see that the base is as it was -> what results.json holds."""
+    """Score both networks on both data sets, and see that the base is as it was -> what results.json holds."""
     path, info, image = parent.out / "best.pt", parent.val_set.info, parent.val_set[0][0][None].to(device)
-    best, checkpoint = models.load_checkpoint(path, device=device)
-    adapter, undo = models.load_adapter(parent.model, parent.checkpoint, parent.out / "adapter.pt")
+    (best, checkpoint), base, source = models.load_checkpoint(path, device=device), parent.model, None
+    adapter, undo = models.load_adapter(base, parent.checkpoint, parent.out / "adapter.pt")
     with torch.inference_mode():
-        difference = (parent.model(image) - best(image)).abs().max().item()
+        difference = (base(image) - best(image)).abs().max().item()
     undo()
     began = time.perf_counter()
-    attach(parent.model, adapter).undo()
-    swap_ms = 1000 * (time.perf_counter() - began)
-    if models.fingerprint(parent.model.state_dict()) != adapter["base"]["hash"]:
-        raise ModelError("the base is not what it was: a tensor of it was written to")
-    stages, home = {}, parent.checkpoint["data"]["name"]
-    length = 2 if args.dry_run else None
+    attach(base, adapter).undo()
+    more |= {"merge_difference": difference, "swap_ms": 1000 * (time.perf_counter() - began)}
+    if models.fingerprint(base.state_dict()) != adapter["base"]["hash"]:
+        raise ModelError("the base is not what it was: something wrote to its tensors")
     try:
-        source = evaluate.open_scored(parent.checkpoint, weights=args.weights, length=length)
+        few = 2 if args.dry_run else None
+        source = evaluate.open_scored(parent.checkpoint, weights=args.weights, length=few)
     except (datasets.DataError, OSError) as error:
-        source, why = None, models.one_line(error)
-        print(f"not scored on {home}: {why}")
+        print(f"not scored on its own data: {models.one_line(error)}")
 
     def score(model, dataset):
-        if dataset is None or len(dataset.info.classes) != model.build["num_classes"]:
+        if model is best and dataset is parent.val_set:
+            return evaluate.score(model, dataset, device=device, out=parent.out, workers=args.workers)
+        classes = (checkpoint if model is best else parent.checkpoint)["data"]["classes"]
+        if dataset is None or list(dataset.info.classes) != list(classes):
             return dict.fromkeys(("miou", "macc", "aacc"))
-        return evaluate.evaluate(
-            model, datasets.eval_loader(dataset, workers=args.workers), num_classes=len(dataset.info.classes),
-            ignore_index=dataset.info.ignore_index, device=device, boundary=False, progress=True, reduce=False,
-        )  # fmt: skip
+        return evaluate.score_alone(model, dataset, device=device)
 
-    same = list(info.classes) == list(parent.checkpoint["data"]["classes"])
-    rows = {"base": (parent.model, parent.val_set if same else None), "adapted": (best, source if same else None)}
-    before = evaluate.Stage(score(parent.model, source), parent.model, parent.checkpoint, Path(args.weights),
-                            parent.checkpoint["command"])  # fmt: skip
-    crossed = {name: evaluate.Stage(score(*row)) for name, row in rows.items()}
-    metrics = evaluate.score(best, parent.val_set, device=device, out=parent.out, workers=args.workers)
-    stages = {
-        f"base, on {home} (source)": before, f"base, on {info.name} (target)": crossed["base"],
-        f"adapted, on {home} (source)": crossed["adapted"],
-        f"adapted, on {info.name} (target)": evaluate.Stage(metrics, best, checkpoint, path, command),
-    }  # fmt: skip
-    more |= {
-        "source_miou_before": before.metrics["miou"], "source_miou_after": crossed["adapted"].metrics["miou"],
-        "target_miou_before": crossed["base"].metrics["miou"], "merge_difference": difference, "swap_ms": swap_ms,
-        "adapter_mb": (parent.out / "adapter.pt").stat().st_size / 1e6,
-    }  # fmt: skip
-    seconds = time.perf_counter() - start
-    shared = dict(out=parent.out, seconds=seconds, device=device, dry_run=args.dry_run)
+    sets = {f"{parent.checkpoint['data']['name']} (source)": source, f"{info.name} (target)": parent.val_set}
+    networks = {"base": base, "adapted": best}
+    scores = {f"{who}, {where}": score(networks[who], sets[where]) for who in networks for where in sets}
+    stages = {name: evaluate.Stage(metrics) for name, metrics in scores.items()}
+    (first, before), (_, target), (_, after), (final, now) = scores.items()
+    stages[first] = evaluate.Stage(before, base, parent.checkpoint, Path(args.weights), parent.checkpoint["command"])
+    stages[final] = evaluate.Stage(now, best, checkpoint, path, command)
+    more |= {"source_miou_before": before["miou"], "source_miou_after": after["miou"]}
+    more |= {"target_miou_before": target["miou"], "adapter_mb": (parent.out / "adapter.pt").stat().st_size / 1e6}
+    shared = dict(out=parent.out, seconds=time.perf_counter() - start, device=device, dry_run=args.dry_run)
     done = evaluate.before_after(stages, image, more=more, **shared)
-    print(f"{args.method}: {more['trainable_params']:,} parameters trained, {more['trained_percent']:.2f}%, in "
-          f"{more['minutes']:.1f} minutes; a step {more['step_ms']:.0f} ms and {more['step_memory_mb']:.0f} MiB, of full "
-          f"fine-tuning {more['step_ms_full']:.0f} ms and {more['step_memory_mb_full']:.0f} MiB")  # fmt: skip
-    print(f"merged and not merged differ by {difference:.1g} at most; the base is as it was, to the bit; {path}; "
-          f"adapter.pt ({more['adapter_mb']:.2f} MB), results.json and figures beside it")  # fmt: skip
+    print("{method}: {trainable_params:,} parameters trained, {trained_percent:.2f}%, in {minutes:.1f} minutes; a step "
+          "{step_ms:.0f} ms, {step_memory_mb:.0f} MiB; of full fine-tuning {step_ms_full:.0f} ms, "
+          "{step_memory_mb_full:.0f} MiB\nmerged and not, logits differ by {merge_difference:.1g} at most; the base is "
+          "as it was, to the bit".format(**more))  # fmt: skip
+    print(f"{path}; adapter.pt ({more['adapter_mb']:.2f} MB), results.json and figures beside it")
     return done
 
 
@@ -584,25 +520,20 @@ COLUMNS = ("method", "epochs", "minutes", "miou", "source_miou_after", "trainabl
 
 
 def compare(rows, out):
-    """methods.csv and methods.png of a run of each method -> what results.json holds: the last, and all as `methods`."""
+    """A table and methods.png of a run of each method -> what results.json holds: the last, and all as `methods`."""
     from matplotlib.figure import Figure
 
-    table = [{key: row[key] for key in COLUMNS} for row in rows]
-    evaluate.print_table(table)
-    with models.replacing(out / "methods.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(table)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    for row in table:
+    for row in rows:
         axis.plot(row["trainable_params"], row["miou"], "o")
         axis.annotate(f" {row['method']}", (row["trainable_params"], row["miou"]), va="bottom")
     axis.set(xscale="log", xlabel="parameters trained", ylabel="mIoU (%)")
     axis.grid(alpha=0.3)
     evaluate.save_figure(figure, out / "methods.png")
-    evaluate.write_json(out / "results.json", done := rows[-1] | {"methods": table})
-    print(f"the table: {out / 'methods.csv'} and methods.png")
+    done = rows[-1] | {"methods": [{key: row[key] for key in COLUMNS} for row in rows]}
+    evaluate.print_table(done["methods"])
+    evaluate.write_json(out / "results.json", done)
     return done
 
 

@@ -1236,6 +1236,32 @@ def new_classifier(model, num_classes):
     return found
 
 
+class Patch:
+    """A network with other modules, parameters, buffers or attributes in places, until undo() puts back the very
+    objects that were there. Nothing is trainable in it but the parameters that are put."""
+
+    def __init__(self, model):
+        self.model, self.before = model, []
+        for p in model.parameters():
+            self.set(p, "requires_grad", False)
+
+    def set(self, owner, name, value):
+        self.before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def put(self, name, value):
+        """Set something by its whole name; a parameter to a tensor."""
+        path, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(path)
+        if torch.is_tensor(value):
+            value = value.to(next(self.model.parameters()).device)
+        self.set(owner, leaf, nn.Parameter(value) if leaf in owner._parameters else value)
+
+    def undo(self):
+        while self.before:
+            setattr(*self.before.pop())
+
+
 def model_name(build):
     """What tables call a network, e.g. "dinov2-small + fpn" or "enet"."""
     return build.get("model") or f"{build['backbone']} + {build['head']}"

@@ -646,6 +646,8 @@ def rebuild(model, step, state):
     """Give a network of build_model() the shapes that a pruned one had; see models.load_checkpoint()."""
     tensors = tensors_of(model)
     for name, shape in step["plan"].items():
+        if name in state:  # lora.py may have given it other classes since
+            shape = state[name].shape
         path = name.rpartition(".")[0]
         like = tensors[name if name in tensors else f"{path}.weight"]  # a refit may have brought a bias
         put(model, name, torch.empty(shape, dtype=like.dtype, device=like.device))
@@ -1273,11 +1275,7 @@ def main(argv=None):
 
 def score(model, parent, device, dataset=None):
     """evaluate() of a network on the validation split, or on `dataset`, without boundaries."""
-    info = parent.val_set.info
-    return evaluate.evaluate(
-        model, datasets.eval_loader(dataset or parent.val_set), num_classes=len(info.classes),
-        ignore_index=info.ignore_index, device=device, boundary=False, progress=True,
-    )  # fmt: skip
+    return evaluate.score_alone(model, dataset or parent.val_set, device=device)
 
 
 def seen_images(args, count=32):

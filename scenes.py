@@ -820,7 +820,8 @@ def draw_scene(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One street scene of size (H, W): image uint8 (H, W, 3) and label uint8 (H, W), classes 0..18 or 255.
 
-    bad_light: other streets, in fog or at night. A pure function of its arguments: random.Random hashes a string with SHA-512, the same in every process.
+    bad_light: other streets, in fog or at night. A pure function of its arguments: random.Random hashes a string with
+    SHA-512, the same in every process.
     """
     rng = random.Random(f"{seed}/{split}/{index}" + "/bad light" * bad_light)
     scene = plan_scene(rng)

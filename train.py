@@ -95,11 +95,12 @@ class Objective(nn.Module):
 # ---- optimizer, learning rate, weight average -----------------------------------------------------------------------
 
 
-def make_optimizer(objective, name, *, lr, backbone_lr, weight_decay, momentum=0.9):
+def make_optimizer(objective, name, *, lr, backbone_lr, weight_decay, momentum=0.9, factors=()):
     """SGD, Adam or AdamW over the trainable parameters, each group with its `base_lr`.
 
-    Parameters of the backbone learn at backbone_lr, all others at lr. Vectors (biases, norms, layer scales) and
-    embeddings of tokens, positions and queries are not decayed.
+    Parameters of the backbone learn at backbone_lr, all others at lr, times a factor where `factors` has pairs of it
+    and an end of their name. Vectors (biases, norms, layer scales) and embeddings of tokens, positions and queries are
+    not decayed.
     """
     groups = {}
     embeddings = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding)}
@@ -107,13 +108,14 @@ def make_optimizer(objective, name, *, lr, backbone_lr, weight_decay, momentum=0
     for key, p in objective.named_parameters():
         if p.requires_grad:
             plain = p.ndim <= 1 or id(p) in embeddings or key.endswith(ends)
-            groups.setdefault((".backbone." in f".{key}", plain), []).append(p)
+            factor = math.prod(factor for factor, end in factors if key.endswith(end))
+            groups.setdefault((".backbone." in f".{key}", plain, factor), []).append(p)
     if not groups:
         raise TrainingError("nothing to train: every parameter is frozen")
     params = [
         dict(params=group, lr=rate, base_lr=rate, weight_decay=0.0 if plain else weight_decay)
-        for (in_backbone, plain), group in groups.items()
-        for rate in (backbone_lr if in_backbone else lr,)
+        for (in_backbone, plain, factor), group in groups.items()
+        for rate in (factor * (backbone_lr if in_backbone else lr),)
     ]
     if name == "sgd":
         return torch.optim.SGD(params, momentum=momentum, fused=True)
@@ -757,11 +759,11 @@ def make_objective(args, model, train_set, out, device, **more):
     return Objective(model, loss, args.aux_weight, train_set.info.ignore_index, **more).to(device)
 
 
-def optimizer_and_schedule(args, objective, steps):
-    """(optimizer, schedule over `steps` steps) that the flags describe."""
+def optimizer_and_schedule(args, objective, steps, factors=()):
+    """(optimizer, schedule over `steps` steps) that the flags describe; factors: of make_optimizer()."""
     optimizer = make_optimizer(
         objective, args.optimizer, lr=args.lr, backbone_lr=args.lr if args.backbone_lr is None else args.backbone_lr,
-        weight_decay=args.weight_decay, momentum=args.momentum,
+        weight_decay=args.weight_decay, momentum=args.momentum, factors=factors,
     )  # fmt: skip
     return optimizer, make_schedule(
         args.schedule, total=steps, warmup=args.warmup, power=args.power, cycles=args.cycles, patience=args.patience
@@ -772,18 +774,16 @@ def total_steps(args, train_set):
     return args.epochs * max(1, len(train_set) // args.batch_size)
 
 
-def fit_by_flags(args, objective, train_set, val_set, *, script, device, save, last=None, adjust=None, **hooks):
+def fit_by_flags(args, objective, train_set, val_set, *, script, device, save, last=None, factors=(), **hooks):
     """fit() as the flags say, with norms frozen for the last epochs; then draws curves.png -> what fit() returns.
 
-    save(path, **more) writes the network. last: the last.pt to go on from. adjust(optimizer) may change its groups.
+    save(path, **more) writes the network. last: the last.pt to go on from. factors: of make_optimizer().
     hooks: after_step, score_first and score_from of fit().
     Where a signal stopped it, it says how to go on, and draws nothing.
     """
     rank, _ = rank_and_world()
     out, training = Path(args.out), last and last["training"]
-    optimizer, schedule = optimizer_and_schedule(args, objective, total_steps(args, train_set))
-    if adjust:
-        adjust(optimizer)
+    optimizer, schedule = optimizer_and_schedule(args, objective, total_steps(args, train_set), factors)
 
     def on_epoch_start(epoch):
         if epoch >= args.epochs - args.frozen_norm_epochs:
@@ -978,9 +978,10 @@ def step_costs(args, objectives, device, steps=5):
     Copies take turns on a batch, so that a drifting machine slows all alike; medians. The memory is that of weights,
     gradients, optimizer state and what is kept for the backward pass.
     """
-    runs, amp_dtype = {}, evaluate.AMP_DTYPES[args.amp]
+    runs, amp_dtype, (rank, world) = {}, evaluate.AMP_DTYPES[args.amp], rank_and_world()
+    share = dict(batch_size=args.batch_size, seed=args.seed, rank=rank, world=world)
     for name, (objective, train_set) in objectives.items():
-        loader = datasets.train_loader(train_set, batch_size=args.batch_size, start=0, stop=1, seed=args.seed)
+        loader = datasets.train_loader(train_set, start=0, stop=1, **share)
         images, target = (x.to(device) for x in next(iter(loader)))
         own = copy.deepcopy(objective).train()
         optimizer = optimizer_and_schedule(args, own, 1)[0]
@@ -1005,7 +1006,9 @@ def step_costs(args, objectives, device, steps=5):
             began = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - began)
-    return {name: {"step_ms": 1000 * statistics.median(seconds[name])} | costs[name] for name in runs}
+    for name in runs:
+        costs[name]["step_ms"] = 1000 * _over_processes(statistics.median(seconds[name]), device, dist.ReduceOp.MAX)
+    return costs
 
 
 def main(argv=None):

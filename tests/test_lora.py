@@ -291,12 +291,9 @@ def test_merged_networks_are_plain_ones_of_the_same_logits(build):
     lora.adapt(model, "lora-full", num_classes=5, dora=True, **OPTIONS)
     stir(model.eval())
     out = model(x)
-    lora.merge(model)
     plain = build_model(num_classes=5, **build).eval()
-    plain.load_state_dict(lora.plain_state(model))
-    scale = out.abs().max()
-    assert (plain(x) - out).abs().max() < 2e-4 * scale
-    lora.unmerge(model)
+    plain.load_state_dict(lora.merged_state(model))
+    assert (plain(x) - out).abs().max() < 2e-4 * out.abs().max()
     assert torch.equal(model(x), out)
 
 
@@ -457,7 +454,7 @@ def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path):
 
 
 def test_what_was_merged_is_pruned_quantized_and_exported(base, tmp_path):
-    run(base(), tmp_path / "run", "--method", "lora-head")
+    run(base(backbone="mit-tiny", head="fpn"), tmp_path / "run", "--method", "lora-head")
     best = str(tmp_path / "run" / "best.pt")
     shared = [*TINY[:-2], "--out"]
     quantize.main(["--weights", best, "--calib-images", "2", *shared, str(tmp_path / "int8")])
@@ -471,25 +468,16 @@ def test_what_was_merged_is_pruned_quantized_and_exported(base, tmp_path):
         run(tmp_path / "int8" / "best.pt", tmp_path / "never")
 
 
-def test_zeros_of_pruned_weights_stay_or_are_refused(base, tmp_path):
-    weights = base()
-    prune.main(
-        ["--weights", str(weights), "--amount", "0.5", "--epochs", "0", *TINY[:-2], "--out", str(tmp_path / "p")]
-    )
-    pruned = tmp_path / "p" / "best.pt"
+def test_weights_pruned_to_0_are_refused(base, tmp_path):
+    weights = ["--weights", str(base())]
+    prune.main([*weights, "--amount", "0.5", *TINY[:-2], "--epochs", "0", "--out", str(tmp_path / "p")])
     with pytest.raises(ModelError, match="pruned to 0"):
-        run(pruned, tmp_path / "never")
-    run(pruned, tmp_path / "run", "--method", "head")
-    now = load_checkpoint(tmp_path / "run" / "best.pt")[0].state_dict()
-    for name, t in load_checkpoint(pruned)[0].state_dict().items():
-        if t.ndim > 1:
-            assert not now[name][t == 0].any(), name
+        run(tmp_path / "p" / "best.pt", tmp_path / "never")
 
 
 def test_all_methods_make_a_table(base, tmp_path, capsys):
     done = run(base(), tmp_path / "all", "--method", "all", "--dry-run")
     assert [row["method"] for row in done["methods"]] == list(lora.METHODS)
-    assert (tmp_path / "all" / "methods.csv").read_text().count("\n") == 6
     assert {p.name for p in (tmp_path / "all").iterdir() if p.is_dir()} == set(lora.METHODS)
 
 
@@ -502,8 +490,8 @@ def test_minutes_become_epochs_and_a_trained_backbone_has_no_cheap_trunk(base, t
 
 def test_B_learns_faster_by_the_ratio():
     model = nn.Sequential(LoRA(nn.Linear(4, 4), **OPTIONS), nn.Linear(4, 4))
-    optimizer = train.make_optimizer(model, "adamw", lr=0.1, backbone_lr=0.1, weight_decay=0)
-    lora.speed_up(optimizer, model=model, ratio=8)
+    shared = dict(lr=0.1, backbone_lr=0.1, weight_decay=0, factors=[(8, ".lora_B")])
+    optimizer = train.make_optimizer(model, "adamw", **shared)
     rates = {id(p): group["base_lr"] for group in optimizer.param_groups for p in group["params"]}
     assert len(rates) == len(list(model.parameters()))
     assert rates[id(model[0].lora_B)] == pytest.approx(0.8)
