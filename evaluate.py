@@ -1041,14 +1041,6 @@ def score(model, dataset, *, device, out, batch_size=1, workers=0, boundary=True
     return metrics
 
 
-def score_alone(model, dataset, *, device, workers=0):
-    """evaluate() on a whole data set in this process alone, without boundaries and figures."""
-    return evaluate(
-        model, eval_loader(dataset, workers=workers), num_classes=len(dataset.info.classes), progress=True,
-        ignore_index=dataset.info.ignore_index, device=device, boundary=False, reduce=False,
-    )  # fmt: skip
-
-
 def print_classes(metrics, classes):
     """One line a class: IoU, accuracy, boundary IoU where it was measured, share of the label's pixels."""
     confusion = torch.tensor(metrics["confusion"])

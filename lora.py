@@ -494,7 +494,10 @@ def report(args, command, parent, more, device, start):
         classes = (checkpoint if model is best else parent.checkpoint)["data"]["classes"]
         if dataset is None or list(dataset.info.classes) != list(classes):
             return dict.fromkeys(("miou", "macc", "aacc"))
-        return evaluate.score_alone(model, dataset, device=device)
+        return evaluate.evaluate(
+            model, datasets.eval_loader(dataset), num_classes=len(classes), ignore_index=dataset.info.ignore_index,
+            device=device, boundary=False, progress=True, reduce=False,
+        )  # fmt: skip
 
     sets = {f"{parent.checkpoint['data']['name']} (source)": source, f"{info.name} (target)": parent.val_set}
     networks = {"base": base, "adapted": best}

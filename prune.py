@@ -1275,7 +1275,11 @@ def main(argv=None):
 
 def score(model, parent, device, dataset=None):
     """evaluate() of a network on the validation split, or on `dataset`, without boundaries."""
-    return evaluate.score_alone(model, dataset or parent.val_set, device=device)
+    info = parent.val_set.info
+    return evaluate.evaluate(
+        model, datasets.eval_loader(dataset or parent.val_set), num_classes=len(info.classes),
+        ignore_index=info.ignore_index, device=device, boundary=False, progress=True,
+    )  # fmt: skip
 
 
 def seen_images(args, count=32):
