@@ -32,6 +32,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -244,6 +245,7 @@ class Row:
     options: Mapping = field(default_factory=dict)  # the options it has (see add_option_args) -> default, or root -> it
     ids: Mapping | None = None  # file id -> train id, 255 = ignore; None: the file holds train ids
     lengths: Mapping | None = None  # number of scenes a split, where they are drawn
+    draw: Callable = draw_scene  # what draws them: (seed, split, index, size) -> (image, label)
     cache: bool = False  # keep decoded images in memory unless told otherwise
 
 
@@ -385,6 +387,17 @@ DATASETS = {
         lengths={"train": 1000, "val": 100, "test": 100},
         cache=True,  # train: 0.3 GB
     ),
+    "synthetic-night": Row(  # streets that `synthetic` does not have, in fog or at night
+        classes=CITYSCAPES_CLASSES,
+        palette=CITYSCAPES_PALETTE,
+        size=(196, 392),
+        crop=(140, 280),
+        scale=(0.72, 0.8),
+        photometric=False,
+        lengths={"train": 240, "val": 100, "test": 100},
+        draw=partial(draw_scene, bad_light=True),
+        cache=True,
+    ),
     "camvid": Row(
         classes=tuple(CAMVID),
         palette=tuple(CAMVID.values()),
@@ -517,6 +530,7 @@ def open_dataset(name, split, *, root=None, size=None, length=None, seed=0, tran
         split,
         pairs=pairs[:length] if pairs else None,
         length=None if pairs else length or row.lengths[split],
+        draw=row.draw,
         ids=ids,
         seed=seed,
         transform=transform,
@@ -527,11 +541,12 @@ def open_dataset(name, split, *, root=None, size=None, length=None, seed=0, tran
 class SegmentationDataset(Dataset):
     """Images and masks of one split; see open_dataset. `transform` may be replaced at any time.
 
-    pairs: [(image path, mask path)], or None for scenes drawn by code, of which there are `length`.
+    pairs: [(image path, mask path)], or None for scenes drawn by code, of which there are `length`: draw(seed, split,
+    index, size) draws one.
     """
 
-    def __init__(self, info, split, *, pairs, length, ids, seed, transform, cache):
-        self.info, self.split, self.seed = info, split, seed
+    def __init__(self, info, split, *, pairs, length, draw, ids, seed, transform, cache):
+        self.info, self.split, self.seed, self.draw = info, split, seed, draw
         self.pairs, self.length = pairs, length
         self.table = id_table(ids, len(info.classes), info.ignore_index)
         self.transform = transform or eval_transform(info)
@@ -561,7 +576,7 @@ class SegmentationDataset(Dataset):
 
     def _load(self, i):
         if self.pairs is None:
-            image, mask = draw_scene(self.seed, self.split, i, self.info.size)  # (H, W, 3), (H, W)
+            image, mask = self.draw(self.seed, self.split, i, self.info.size)  # (H, W, 3), (H, W)
             return channels_first(image), torch.from_numpy(mask)
         image_path, mask_path = self.pairs[i]
         image, mask = decode_image(image_path), decode_mask(mask_path, self.table)
@@ -583,6 +598,37 @@ class SegmentationDataset(Dataset):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU as well
             image, mask = self.raw(i)
             return self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+
+
+class FeatureViews(Dataset):
+    """`count` augmented views of each image of a data set, as the features that encode(images) gives of them, which are
+    kept: in memory, in this process, from when they are first asked for.
+
+    An item is the view's number (1, 1, 1), in the place of an image, and its target. encode(numbers (N, 1, 1, 1)) of
+    this class gives the features of a batch.
+    """
+
+    def __init__(self, dataset, count, encode, *, dtype=torch.float32):
+        self.dataset, self.count, self._encode, self.dtype, self.kept = dataset, count, encode, dtype, {}
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def file(self, i):
+        return self.dataset.file(i)
+
+    def __getitem__(self, key):
+        i, seed = key
+        number = i * self.count + seed % self.count
+        if number not in self.kept:
+            image, target = self.dataset[i, mix_seed(number)]
+            features = [f.to(self.dtype) for f in self._encode(image[None])]
+            self.kept[number] = features, target.to(torch.uint8)
+        return torch.full((1, 1, 1), float(number)), self.kept[number][1].long()
+
+    def encode(self, numbers):
+        rows = [self.kept[int(number)][0] for number in numbers.flatten()]
+        return [torch.cat(maps) for maps in zip(*rows, strict=True)]
 
 
 @contextmanager

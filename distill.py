@@ -377,8 +377,7 @@ def run(args, last, command, device, start):
     others = [open_teacher(path, parent, device) for path in args.teachers]
     teacher = Teacher([parent.model, *others], flip=args.teacher_flip).to(device)
     rank, _ = train.rank_and_world()
-    score = functools.partial(score_alone, parent=parent, device=device, workers=args.workers)
-    before = score(parent.model if len(teacher.networks) == 1 and not args.teacher_flip else teacher)
+    before = train.score(parent.model if len(teacher.networks) == 1 and not teacher.flip else teacher, parent, device)
     if rank == 0:
         print(f"teacher: {before['miou']:.2f} mIoU on the {len(parent.val_set)} images of val")
     kinds = ("student", "control") if args.control and args.mode != "none" else ("student",)
@@ -404,16 +403,6 @@ def open_teacher(path, parent, device):
     if ours != theirs:
         raise ModelError(f"--teachers {path} has the classes {', '.join(theirs)}; --weights has {', '.join(ours)}")
     return model.to(memory_format=torch.channels_last)
-
-
-def score_alone(model, *, parent, device, workers):
-    """evaluate() on the validation split, of this process alone."""
-    info = parent.val_set.info
-    loader = datasets.eval_loader(parent.val_set, workers=workers)
-    return evaluate.evaluate(
-        model, loader, num_classes=len(info.classes), ignore_index=info.ignore_index, device=device, boundary=False,
-        progress=True, reduce=False,
-    )  # fmt: skip
 
 
 def make_run(args, kind, teacher, parent, device, last=None):
@@ -443,24 +432,12 @@ def make_run(args, kind, teacher, parent, device, last=None):
 
 def epochs_in(args, kinds, teacher, parent, device):
     """{kind: epochs that fit into --minutes}, by the median of a few steps, student and control in turns."""
-    batches = datasets.train_loader(
-        parent.train_set, batch_size=args.batch_size, seed=args.seed, start=0, stop=8, workers=args.workers
-    )
-    objectives = {kind: make_run(args, kind, teacher, parent, device)[0].train() for kind in kinds}
-    optimizers = {kind: train.optimizer_and_schedule(args, o, 8)[0] for kind, o in objectives.items()}
-    seconds = {kind: [] for kind in kinds}
-    for images, target in batches:
-        images, target = images.to(device, memory_format=torch.channels_last), target.to(device)
-        for kind in kinds:
-            began = time.perf_counter()
-            amp_dtype = evaluate.AMP_DTYPES[args.amp]
-            train.train_step(objectives[kind], optimizers[kind], images, target, amp_dtype=amp_dtype, clip=args.clip)
-            seconds[kind].append(time.perf_counter() - began)
+    objectives = {kind: (make_run(args, kind, teacher, parent, device)[0], parent.train_set) for kind in kinds}
+    step = {kind: cost["step_ms"] for kind, cost in train.step_costs(args, objectives, device).items()}
     an_epoch = train.total_steps(args, parent.train_set) // args.epochs
-    step = {kind: statistics.median(taken[2:]) for kind, taken in seconds.items()}
-    epochs = {kind: max(1, round(60 * args.minutes / (an_epoch * s))) for kind, s in step.items()}
+    epochs = {kind: max(1, round(60e3 * args.minutes / (an_epoch * ms))) for kind, ms in step.items()}
     for kind in kinds:
-        print(f"{kind}: {1000 * step[kind]:.0f} ms a step, {epochs[kind]} epochs in {args.minutes:g} minutes")
+        print(f"{kind}: {step[kind]:.0f} ms a step, {epochs[kind]} epochs in {args.minutes:g} minutes")
     return epochs
 
 

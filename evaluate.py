@@ -5,6 +5,7 @@
     python evaluate.py --slide 256 256 --slide-stride 170 170   # sliding window, memory constant in the image's height
     python evaluate.py --images photo.jpg --out predictions     # photo_ids.png and photo_overlay.png
     python evaluate.py --crf 5                                  # five mean-field steps of a dense CRF on the prediction
+    python evaluate.py --adapter checkpoints/lora/adapter.pt    # --weights with what lora.py trained, each on its data
 
 Writes results.json, confusion.png, class_iou.png and examples.png to --out.
 
@@ -903,6 +904,7 @@ def make_parser():
     add = parser.add_argument
     inherit = "left out: the checkpoint's"
     add("--weights", default="checkpoints/train/best.pt", help="checkpoint to score")
+    add("--adapter", nargs="+", metavar="FILE", help="adapters that lora.py made for it: scored in turn, on their data")
     add("--dataset", help=f"data set to score on ({inherit})")
     add("--data-root", help=f"folder of the data set ({inherit})")
     add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help=f"input size, pixels ({inherit})")
@@ -1033,18 +1035,35 @@ def print_classes(metrics, classes):
 
 def main(argv=None):
     """Run the command line; returns what results.json holds."""
-    start = time.perf_counter()
     args = make_parser().parse_args(argv)
     command = command_line("evaluate.py", argv)
     if args.slide_stride and not args.slide:
         raise DataError("--slide-stride needs --slide H W, the window")
-    scales = args.scales or (TTA_SCALES if args.tta else (1.0,))
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    files = open_images(args.images) if args.images else None
     model, checkpoint = models.load_checkpoint(args.weights, device=device)
-    out = out_folder(args.out, "evaluate", dry_run=args.dry_run)
+    out, rows = out_folder(args.out, "evaluate", dry_run=args.dry_run), []
+    if not args.adapter:
+        return run(args, model, checkpoint, command, device, out)
+    for i, path in enumerate(args.adapter, 1):
+        began = time.perf_counter()
+        adapter, undo = models.load_adapter(model, checkpoint, path)
+        row = {"adapter": path, "swap_ms": 1000 * (time.perf_counter() - began)}
+        own = checkpoint | {key: adapter[key] for key in ("data", "build", "args", "metrics")}
+        done = run(args, model, own, command, device, out if len(args.adapter) == 1 else out / str(i))
+        rows.append(row | {key: done[key] for key in ("dataset", "miou", "macc", "aacc")})
+        undo()
+    print_table(rows)
+    write_json(out / "results.json", done := done | {"adapters": rows})
+    return done
+
+
+def run(args, model, checkpoint, command, device, out):
+    """Score, or predict images with, one network -> what results.json in `out` holds."""
+    start = time.perf_counter()
+    files = open_images(args.images) if args.images else None
+    scales = args.scales or (TTA_SCALES if args.tta else (1.0,))
     options = {
         "scales": tuple(scales), "flip": args.tta if args.flip is None else args.flip, "window": args.slide,
         "stride": args.slide_stride, "amp_dtype": AMP_DTYPES[choose_amp(args.amp, device)],

@@ -15,6 +15,7 @@ there and build_model(), the command lines, and the tests know it.
 import contextlib
 import datetime
 import functools
+import hashlib
 import inspect
 import itertools
 import math
@@ -1222,6 +1223,58 @@ def _build_whole(model, num_classes, load, options):
     return row.build(row, num_classes, load, **known)
 
 
+def skeleton(build, **changes):
+    """The network of build_model(), or with some arguments changed, without weights."""
+    with torch.device("meta"):
+        return build_model(**build | changes)
+
+
+def classifier_of(build):
+    """Names of the parameters whose shape depends on the number of classes."""
+    more = dict(skeleton(build, num_classes=build["num_classes"] + 1).named_parameters())
+    return [name for name, p in skeleton(build).named_parameters() if p.shape != more[name].shape]
+
+
+def new_classifier(model, num_classes):
+    """{whole name: parameter, or number that is an attribute} of a classifier of other classes, as build_model() starts
+    it, for inputs as many as this one has. Nothing is changed."""
+    old, new, found = skeleton(model.build), build_model(**model.build | {"num_classes": num_classes}), {}
+    for name in classifier_of(model.build):
+        shapes = zip(*(m.get_parameter(name).shape for m in (old, new, model)), strict=True)
+        kept = tuple(slice(after if before != after else now) for before, after, now in shapes)  # pruned inputs: gone
+        found[name] = new.get_parameter(name).detach()[kept].clone()
+        path = name.rpartition(".")[0]
+        before, after = (vars(m.get_submodule(path)) for m in (old, new))
+        found |= {f"{path}.{k}": n for k, n in after.items() if type(n) is int and n != before[k]}
+    return found
+
+
+class Patch:
+    """A network with other modules, parameters, buffers or attributes in places, until undo() puts back the very
+    objects that were there. Nothing is trainable in it but the parameters that are put."""
+
+    def __init__(self, model):
+        self.model, self.before = model, []
+        for p in model.parameters():
+            self.set(p, "requires_grad", False)
+
+    def set(self, owner, name, value):
+        self.before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def put(self, name, value):
+        """Set something by its whole name; a parameter to a tensor."""
+        path, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(path)
+        if torch.is_tensor(value):
+            value = value.to(next(self.model.parameters()).device)
+        self.set(owner, leaf, nn.Parameter(value) if leaf in owner._parameters else value)
+
+    def undo(self):
+        while self.before:
+            setattr(*self.before.pop())
+
+
 def model_name(build):
     """What tables call a network, e.g. "dinov2-small + fpn" or "enet"."""
     return build.get("model") or f"{build['backbone']} + {build['head']}"
@@ -1593,8 +1646,35 @@ def load_checkpoint(path, *, device="cpu"):
     return model.to(device).eval(), checkpoint
 
 
+def fingerprint(state_dict):
+    """A hash of names and weights: the same for the same network, wherever its file came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def load_adapter(model, checkpoint, path):
+    """Put an adapter that lora.py wrote into the network of a checkpoint -> (what is in its file, a function that takes
+    it out again). No tensor of the network is written to. ModelError where it belongs to another one."""
+    if not Path(path).is_file():
+        raise ModelError(f"no adapter at {path}: `python lora.py` writes checkpoints/lora/adapter.pt")
+    adapter = _read(path)
+    own = checkpoint["hash"] = checkpoint.get("hash") or fingerprint(checkpoint["state_dict"])
+    if not isinstance(adapter, dict) or "adapter" not in adapter:
+        raise ModelError(f"{path} is no adapter: lora.py writes one, beside its best.pt")
+    base = adapter["base"]
+    if own != base["hash"]:
+        ours = f"checkpoint {checkpoint['id']} with weights {own}"
+        raise ModelError(f"{path} belongs to checkpoint {base['id']} with weights {base['hash']}, not to {ours}")
+    import lora
+
+    return adapter, lora.attach(model, adapter).undo
+
+
 def _compression(step, path):
-    """The script that can rebuild what it did to a network: the one import from here of what imports this file."""
+    """The script that can rebuild what it did to a network. Here and above: what imports this file is imported."""
     if step["step"] == "quantize":
         import quantize
 

@@ -575,6 +575,8 @@ def rebuild(model, step, state):
     """Give a network of build_model() the shapes that a pruned one had; see models.load_checkpoint()."""
     tensors = tensors_of(model)
     for name, shape in step["plan"].items():
+        if name in state:  # lora.py may have given it other classes since
+            shape = state[name].shape
         like = tensors[name if name in tensors else f"{name.rpartition('.')[0]}.weight"]  # a refit may bring a bias
         put(model, name, like.new_empty(shape))
     fit_attributes(model, step["plan"])

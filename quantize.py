@@ -281,6 +281,18 @@ def convert(model, *, attention_dtype=None):
     int8.execute(model, int8=kernels(), attention_dtype=attention_dtype)
 
 
+def int8_copy(model, batches):
+    """A copy of a float network in int8, by --method ptq with its defaults; batches: images to calibrate it on."""
+    model = copy.deepcopy(model)
+    simplify(model)
+    smooth(model, batches[:8])
+    prepare(model, batches[0])
+    calibrate(model, batches, observer="mse")
+    correct_bias(model, batches)
+    convert(model, attention_dtype=torch.bfloat16)
+    return model.eval()
+
+
 def packed(state, small=2**16):
     """The state_dict of a converted network for a file: its points as two vectors, and tensors of at most `small` bytes
     as views of one storage for each dtype. A tensor with a storage of its own takes some 300 bytes more, a point 600.

@@ -1,4 +1,4 @@
-"""Street scenes with their labels, drawn by code: the data set `synthetic`.
+"""Street scenes with their labels, drawn by code: the data sets `synthetic` and, in fog or at night, `synthetic-night`.
 
     from scenes import draw_scene
     image, label = draw_scene(0, "train", 7, (196, 392))     # uint8 (196, 392, 3) RGB and (196, 392), 255 = ignore
@@ -507,6 +507,17 @@ def plan_scene(rng: random.Random) -> Scene:
     )  # fmt: skip
 
 
+def in_bad_light(rng: random.Random, scene: Scene) -> Scene:
+    """The same street in thick fog or at night: less contrast, less light, and more noise beside it."""
+    if rng.random() < 0.5:
+        grey, haze, brightness = rng.randint(150, 205), rng.uniform(12, 40), rng.uniform(0.8, 1)
+        above, below = (grey, grey + 2, grey + 4), (grey + 6, grey + 8, grey + 10)
+    else:
+        grey, haze, brightness = rng.randint(20, 50), rng.uniform(30, 90), rng.uniform(0.22, 0.42)
+        above, below = (grey // 3, grey // 3, grey // 2), (grey, grey + 2, grey + 10)
+    return scene._replace(sky=(above, below, brightness), haze=haze, sun=0)
+
+
 def every(rng: random.Random, least: float, most: float, end: float, start: float = 4) -> list[float]:
     """Distances from near to far with gaps between least and most."""
     z, out = start + rng.uniform(0, most), []
@@ -804,13 +815,18 @@ def develop(c: Canvas, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
     return np.array(ImageChops.add(image, Image.merge("RGB", (grain,) * 3), offset=-128)), label
 
 
-def draw_scene(seed: int, split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def draw_scene(
+    seed: int, split: str, index: int, size: tuple[int, int], *, bad_light: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """One street scene of size (H, W): image uint8 (H, W, 3) and label uint8 (H, W), classes 0..18 or 255.
 
-    A pure function of its arguments: random.Random hashes a string with SHA-512, the same in every process.
+    bad_light: other streets, in fog or at night. A pure function of its arguments: random.Random hashes a string with
+    SHA-512, the same in every process.
     """
-    rng = random.Random(f"{seed}/{split}/{index}")
+    rng = random.Random(f"{seed}/{split}/{index}" + "/bad light" * bad_light)
     scene = plan_scene(rng)
+    if bad_light:
+        scene = in_bad_light(rng, scene)
     things = plan_lots(rng, scene) + plan_traffic(rng, scene)
     for i, side in enumerate((-1, 1)):
         things += plan_sidewalk(rng, scene, i, side)

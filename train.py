@@ -24,6 +24,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -60,17 +61,20 @@ class Objective(nn.Module):
     (images (N, 3, H, W), target (N, H, W)) -> scalar loss: that of the logits, resized in float32 to the target's
     size, plus aux_weight times that of each auxiliary output, plus kl times losses.distillation() from a teacher, a
     network in eval mode, at `temperature`. `loss` None: the set loss of a network that has queries, which takes no
-    teacher.
+    teacher. encode: what gives the features, in place of the network's own encode().
     """
 
-    def __init__(self, model, loss, aux_weight=0.4, ignore_index=255, *, teacher=None, kl=0.0, temperature=1.0):
+    def __init__(
+        self, model, loss, aux_weight=0.4, ignore_index=255, *, teacher=None, kl=0.0, temperature=1.0, encode=None
+    ):
         super().__init__()
+        self.encode = encode or model.encode
         self.model, self.loss, self.aux_weight, self.ignore_index = model, loss, aux_weight, ignore_index
         self.teacher = (teacher,) if kl else None  # in a tuple: its weights are neither trained nor kept
         self.kl, self.temperature = kl, temperature
 
     def forward(self, images, target):
-        features = self.model.encode(images)
+        features = self.encode(images)
         if self.loss is None:
             head = self.model.head
             return losses.mask_set_loss(head.queries(features), target, self.ignore_index, stride=head.stride)
@@ -99,11 +103,12 @@ class Objective(nn.Module):
 # ---- optimizer, learning rate, weight average -----------------------------------------------------------------------
 
 
-def make_optimizer(objective, name, *, lr, backbone_lr, weight_decay, momentum=0.9):
+def make_optimizer(objective, name, *, lr, backbone_lr, weight_decay, momentum=0.9, factors=()):
     """SGD, Adam or AdamW over the trainable parameters, each group with its `base_lr`.
 
-    Parameters of the backbone learn at backbone_lr, all others at lr. Vectors (biases, norms, layer scales) and
-    embeddings of tokens, positions and queries are not decayed.
+    Parameters of the backbone learn at backbone_lr, all others at lr, times a factor where `factors` has pairs of it
+    and an end of their name. Vectors (biases, norms, layer scales) and embeddings of tokens, positions and queries are
+    not decayed.
     """
     groups = {}
     embeddings = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding)}
@@ -111,13 +116,14 @@ def make_optimizer(objective, name, *, lr, backbone_lr, weight_decay, momentum=0
     for key, p in objective.named_parameters():
         if p.requires_grad:
             plain = p.ndim <= 1 or id(p) in embeddings or key.endswith(ends)
-            groups.setdefault((".backbone." in f".{key}", plain), []).append(p)
+            factor = math.prod(factor for factor, end in factors if key.endswith(end))
+            groups.setdefault((".backbone." in f".{key}", plain, factor), []).append(p)
     if not groups:
         raise TrainingError("nothing to train: every parameter is frozen")
     params = [
         dict(params=group, lr=rate, base_lr=rate, weight_decay=0.0 if plain else weight_decay)
-        for (in_backbone, plain), group in groups.items()
-        for rate in (backbone_lr if in_backbone else lr,)
+        for (in_backbone, plain, factor), group in groups.items()
+        for rate in (factor * (backbone_lr if in_backbone else lr),)
     ]
     if name == "sgd":
         return torch.optim.SGD(params, momentum=momentum, fused=True)
@@ -738,6 +744,15 @@ def open_parent(args, device, *, refuse=None, same_classes=True):
     return Parent(model.to(memory_format=torch.channels_last), checkpoint, train_set, val_set, out)
 
 
+def score(model, parent, device, dataset=None):
+    """evaluate() of a network on a Parent's validation split, or on `dataset`, by this process alone."""
+    info = parent.val_set.info
+    return evaluate.evaluate(
+        model, datasets.eval_loader(dataset or parent.val_set), num_classes=len(info.classes),
+        ignore_index=info.ignore_index, device=device, boundary=False, progress=True, reduce=False,
+    )  # fmt: skip
+
+
 def ancestor(checkpoint, miou=None):
     """A checkpoint as an entry of its descendants' lineage. miou: as measured now; left out: as it says itself."""
     miou = checkpoint["metrics"].get("miou") if miou is None else miou
@@ -757,17 +772,17 @@ def saver(args, command, *, data, pretrained, lineage, compression=()):
     return save
 
 
-def make_objective(args, model, train_set, out, device, **teacher):
-    """The Objective that the flags describe; teacher: as Objective has it."""
+def make_objective(args, model, train_set, out, device, **more):
+    """The Objective that the flags describe; more: its teacher or encode."""
     loss = make_loss(args, model, train_set, out)
-    return Objective(model, loss, args.aux_weight, train_set.info.ignore_index, **teacher).to(device)
+    return Objective(model, loss, args.aux_weight, train_set.info.ignore_index, **more).to(device)
 
 
-def optimizer_and_schedule(args, objective, steps):
-    """(optimizer, schedule over `steps` steps) that the flags describe."""
+def optimizer_and_schedule(args, objective, steps, factors=()):
+    """(optimizer, schedule over `steps` steps) that the flags describe; factors: of make_optimizer()."""
     optimizer = make_optimizer(
         objective, args.optimizer, lr=args.lr, backbone_lr=args.lr if args.backbone_lr is None else args.backbone_lr,
-        weight_decay=args.weight_decay, momentum=args.momentum,
+        weight_decay=args.weight_decay, momentum=args.momentum, factors=factors,
     )  # fmt: skip
     return optimizer, make_schedule(
         args.schedule, total=steps, warmup=args.warmup, power=args.power, cycles=args.cycles, patience=args.patience
@@ -778,16 +793,16 @@ def total_steps(args, train_set):
     return args.epochs * max(1, len(train_set) // args.batch_size)
 
 
-def fit_by_flags(args, objective, train_set, val_set, *, script, device, save, last=None, **hooks):
+def fit_by_flags(args, objective, train_set, val_set, *, script, device, save, last=None, factors=(), **hooks):
     """fit() as the flags say, with norms frozen for the last epochs; then draws curves.png -> what fit() returns.
 
-    save(path, **more) writes the network. last: the last.pt to go on from. hooks: after_step, score_first and
-    score_from of fit().
+    save(path, **more) writes the network. last: the last.pt to go on from. factors: of make_optimizer().
+    hooks: after_step, score_first and score_from of fit().
     Where a signal stopped it, it says how to go on, and draws nothing.
     """
     rank, _ = rank_and_world()
     out, training = Path(args.out), last and last["training"]
-    optimizer, schedule = optimizer_and_schedule(args, objective, total_steps(args, train_set))
+    optimizer, schedule = optimizer_and_schedule(args, objective, total_steps(args, train_set), factors)
 
     def on_epoch_start(epoch):
         if epoch >= args.epochs - args.frozen_norm_epochs:
@@ -979,6 +994,45 @@ def time_steps(args, objective, train_set, device):
     }
     evaluate.print_table([{"what": k, "value": round(v, 3)} for k, v in speeds.items()])
     return speeds
+
+
+def step_costs(args, objectives, device, steps=5):
+    """What a step of each of {name: (objective, training set)} costs -> {name: {"step_ms", "step_memory_mb"}}.
+
+    Copies take turns on a batch, so that a drifting machine slows all alike; medians. The memory is that of weights,
+    gradients, optimizer state and what is kept for the backward pass.
+    """
+    runs, amp_dtype, (rank, world) = {}, evaluate.AMP_DTYPES[args.amp], rank_and_world()
+    share = dict(batch_size=args.batch_size, seed=args.seed, rank=rank, world=world)
+    for name, (objective, train_set) in objectives.items():
+        loader = datasets.train_loader(train_set, start=0, stop=1, **share)
+        images, target = (x.to(device) for x in next(iter(loader)))
+        own = copy.deepcopy(objective).train()
+        optimizer = optimizer_and_schedule(args, own, 1)[0]
+        batch = images.to(memory_format=torch.channels_last), target
+        runs[name] = functools.partial(train_step, own, optimizer, *batch, amp_dtype=amp_dtype, clip=args.clip)
+    costs, seconds = {}, {name: [] for name in runs}
+    for name, run in runs.items():
+        own, optimizer = run.args[:2]
+        kept = {t.data_ptr(): t.nbytes for t in (*own.parameters(), *own.buffers())}
+
+        def keep(t, kept=kept):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            run()
+        state = [t for values in optimizer.state.values() for t in values.values() if torch.is_tensor(t)]
+        more = sum(t.nbytes for t in (*state, *(p.grad for p in own.parameters() if p.grad is not None)))
+        costs[name] = {"step_memory_mb": (sum(kept.values()) + more) / 2**20}
+    for _ in range(steps):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    for name in runs:
+        costs[name]["step_ms"] = 1000 * _over_processes(statistics.median(seconds[name]), device, dist.ReduceOp.MAX)
+    return costs
 
 
 def main(argv=None):

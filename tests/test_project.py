@@ -39,6 +39,7 @@ ALLOWED = {
     "int8": {"models"},
     **{name: TRIO | {"evaluate", "train"} for name in COMPRESSION},
     "quantize": TRIO | {"evaluate", "train", "int8"},
+    "lora": TRIO | {"evaluate", "train", "int8", "quantize"},  # what is frozen can run in int8 while it trains
     "export_onnx": {"models", "datasets", "evaluate", "int8"},
     "benchmark": {"models", "datasets", "evaluate", "int8", "export_onnx"},
 }
@@ -281,13 +282,19 @@ def test_an_error_is_one_line_with_status_2(workplace):
 
 # ---- every script ----
 
-SMALL = "--backbone mit-tiny --head fcn --size 56 70 --crop 56 56 --class-weights enet"
+SIZE = "--size 56 70 --crop 56 56 --class-weights enet"
+SMALL = f"--backbone mit-tiny --head fcn {SIZE}"
 SCRIPTS = {  # runs of two steps that together show what a script reads
     "train": [SMALL, "--resume", f"{SMALL} --time-steps 1", f"{SMALL} --tensorboard"],
     "evaluate": ["", "--tta --slide 56 56 --slide-stride 28 28", "--images photo.jpg", "--crf 1"],
     "distill": ["--mode feature --init teacher", "--resume --mode feature", "--mode response --minutes 1 --model enet"],
     "quantize": ["", "--method qat", "--resume --epochs 2", "--max-drop 99 --adaround 1", "--method weight-only"],
     "prune": ["", "--resume", "--structured --kl 1 --steps 2 --round-to 2", "--sparsity-schedule cubic", "--sweep 0.5"],
+    "lora": [
+        f"{SIZE} --init data",
+        "--resume --epochs 7",
+        f"{SIZE} --method head --trunk int8 --cache-features 2 --minutes 1",
+    ],
     "export_onnx": ["--size 56 70"],
     "benchmark": [
         "--weights checkpoints/train/best.pt",
@@ -337,7 +344,7 @@ def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, 
                 (tmp_path / (f"{out}.json" if script == "export_onnx" else f"{out}/results.json")).read_text()
             )
             assert written.keys() == done.keys()
-            if script in ("distill", "quantize", "prune"):
+            if script in ("distill", "quantize", "prune", "lora"):
                 assert done["before"].keys() >= CONTRACT
     shown = {a.dest for parser in parsers for a in parser._actions} - {"help"}
     assert shown - read == set()
