@@ -49,17 +49,14 @@ PRUNABLE = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)
 
 def weights_in(model, scope):
     """({name: weight} that `scope` (backbone, head, all) lets be pruned, {name: why not} of the other parameters)."""
-    inside, outside = {}, {}
-    kinds = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, PRUNABLE)}
+    inside, outside, kinds = {}, {}, input_dims(model)
+    parts = {"aux_head": "only training uses it", "learned": "it resizes the logits"}
     for name, p in model.named_parameters():
+        part = name.partition(".")[0]
+        why = parts.get(part) or (None if scope in ("all", part) else f"not in --scope {scope}")
         if name not in kinds:
-            outside[name] = "no weight of a convolution or Linear"
-        elif name.startswith(("aux_head.", "learned.")):
-            outside[name] = "only training uses it" if name.startswith("aux") else "it resizes the logits"
-        elif scope != "all" and not name.startswith(f"{scope}."):
-            outside[name] = f"not in --scope {scope}"
-        else:
-            inside[name] = p
+            why = "no weight of a convolution or Linear"
+        (outside if why else inside)[name] = why or p
     if not inside:
         raise ModelError(f"--scope {scope}: no weight of a convolution or Linear is there")
     return inside, outside
@@ -161,6 +158,8 @@ ELEMENTWISE = {
 SPATIAL = {"adaptive_avg_pool2d", "avg_pool2d", "interpolate", "max_pool2d"}
 REDUCTIONS = {"amax", "amin", "mean", "sum"}
 LIKE = {"ones_like", "zeros_like"}
+# {function: (dimension of its input that channels lie along, dimension of its weight that counts outputs)}
+LAYERS = {"linear": (-1, 0), "conv2d": (1, 0), "conv_transpose2d": (1, 1)}
 
 
 class Channels:
@@ -255,7 +254,9 @@ class Channels:
         """Set the numbers of what a call makes."""
         name = call.name.strip("_")
         name = name[1:] if call.name.startswith("__") and name[1:] in ELEMENTWISE else name
-        if handler := getattr(self, f"on_{name}", None):
+        if name in LAYERS:
+            out = self.layer(call, *LAYERS[name])
+        elif handler := getattr(self, f"on_{name}", None):
             out = handler(call)
         elif not any(value in self.ids for value in call.reads):
             out = None
@@ -325,19 +326,10 @@ class Channels:
             return F.pad(x, padding, value=FIXED if argument(call, 3, "value") else FREE)
         return F.pad(x.double(), padding, mode=mode).long()
 
-    def on_linear(self, call):
-        return self.layer(call, -1, groups=1, out=0)
-
-    def on_conv2d(self, call):
-        return self.layer(call, 1, groups=argument(call, 6, "groups", 1), out=0)
-
-    def on_conv_transpose2d(self, call):
-        return self.layer(call, 1, groups=argument(call, 6, "groups", 1), out=1)
-
-    def layer(self, call, dim, *, groups, out):
-        """A convolution or Linear whose channels lie along `dim`, and whose outputs along dimension `out` of its
-        weight."""
+    def layer(self, call, dim, out):
+        """A convolution or Linear; see LAYERS."""
         x, count = self.vector(self.full(call.reads[0]), dim), call.makes[0].tensor.shape[dim]
+        groups = argument(call, 6, "groups", 1)  # of a Linear none
         weight, bias = (self.names.get(id(argument(call, *at))) for at in ((1, "weight"), (2, "bias")))
         if weight is None or (bias is None and argument(call, 2, "bias") is not None):
             return self.stop(call, "its weight is computed")
@@ -371,9 +363,6 @@ class Channels:
         if any(self.varies(x, -1 - d) for d in range(len(call.args[1]))):
             self.pin(x, "a LayerNorm reads it")
         return x
-
-    def on_group_norm(self, call):
-        return self.stop(call, "a GroupNorm reads it")
 
     def on_softmax(self, call):
         x, dim = self.full(call.reads[0]), argument(call, 1, "dim")
@@ -649,9 +638,9 @@ def count_places(model, images):
     names = {module: f"{name}.weight" for name, module in traced.names.items()}
     places, attention = {}, {}
     for call in traced.calls:
-        if call.name in ("conv2d", "linear", "conv_transpose2d") and isinstance(call.module, PRUNABLE):
+        if call.name in LAYERS and isinstance(call.module, PRUNABLE):
             shape = (call.reads[0] if call.name == "conv_transpose2d" else call.makes[0]).tensor.shape
-            count = math.prod(shape) // shape[-1 if call.name == "linear" else 1] // len(images)
+            count = math.prod(shape) // shape[LAYERS[call.name][0]] // len(images)
             places[names[call.module]] = places.get(names[call.module], 0) + count
         elif call.name == "scaled_dot_product_attention":
             q, k, v = (value.tensor.shape for value in call.reads[:3])
