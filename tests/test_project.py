@@ -208,6 +208,8 @@ def test_readme_command(command, workplace, monkeypatch):
         if not weights.exists():
             weights.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(trained(workplace, camvid="camvid" in command.lower()), weights)
+    if "--adapter" in command and not (workplace / "checkpoints" / "lora").exists():
+        call(workplace, "python lora.py --method classifier --dry-run --out checkpoints/lora")
     if "benchmark.py" in command:  # other backends compile for minutes, and have tests of their own
         command = re.sub("--backend [a-z ]+", "--backend torch ", command)
         command = re.sub("--size [0-9]+ [0-9]+", "--size 64 96", command)
