@@ -4,14 +4,12 @@
     python lora.py --dataset mastr1325 --data-root PATH      # to other classes: with a new classifier
     python lora.py --method all                              # four ways and full fine-tuning: a table and a figure
     python lora.py --method lora-head --trunk int8           # what is frozen runs in int8
-    python lora.py --method head --cache-features 4          # or is not run again: four views of each image are kept
-    python evaluate.py --adapter checkpoints/lora/adapter.pt # the network that was adapted, with the adapter
+    python lora.py --method head --cache-features 4          # or not again: four views of each image are kept
 
-LoRA (Hu et al. 2021): a layer with weights W computes W x + s B A x with A of `rank` outputs, B = 0 at the start and s
-= alpha / rank; only A and B learn. Of a convolution A is a convolution with all of its arguments (kernel, stride,
-padding and its mode, dilation, groups; transposed or not) and B a 1x1 one with the same groups. Both are linear, so W +
-s B A is one layer of the same kind: merge() puts it in W's place, and the network is as fast as before. A layer smaller
-than its A and B, such as a depthwise one, is trained itself.
+LoRA (Hu et al. 2021): a layer with weights W computes W x + s B A x; A, of `rank` outputs, and B, 0 at the start, learn
+alone; s = alpha / rank. Of a convolution A is one with all of its arguments, transposed or not, and B a 1x1 one of as
+many groups. Both are linear, so W + s B A is one layer of the same kind: merge() puts it in W's place, and the network
+is as fast as before. A layer smaller than its A and B, such as a depthwise one, is trained itself.
 
 --rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023). --dora: the norms of the rows of W + s B A learn by themselves
 (Liu et al. 2024). --lr-ratio: B learns faster than A (Hayou et al. 2024). --init svd: A and B start as the smallest
@@ -110,8 +108,11 @@ class LoRA(nn.Module):
         weight = self.base.weight.float() + self.delta()
         if self.magnitude is None:
             return weight
-        gain = self.magnitude / self.norm(weight.detach())  # the norm is taken for a constant, as in the paper
-        return self.from_matrix(self.matrix(weight) * gain.view(self.groups, -1, 1))
+        return self.from_matrix(self.matrix(weight) * self.gain(weight).view(self.groups, -1, 1))
+
+    def gain(self, weight):
+        """What DoRA multiplies the outputs by; the norm is taken for a constant, as in section 4.3 of the paper."""
+        return self.magnitude / self.norm(weight.detach())
 
     def down(self, x, a):
         """x through a layer like the base, with all of its arguments, with weights A and no bias."""
@@ -135,10 +136,11 @@ class LoRA(nn.Module):
         if self.magnitude is None:
             return out
         with torch.no_grad():
-            norm = self.norm(self.base.weight.float() + self.delta())
-        bias = torch.zeros_like(norm) if self.bias is None else self.bias
-        place = (-1,) if isinstance(self.base, nn.Linear) else (-1, 1, 1)
-        gain, bias = (t.to(out.dtype).view(place) for t in (self.magnitude / norm, bias))
+            weight = self.base.weight.float() + self.delta()
+        bias = 0 if self.bias is None else self.bias
+        gain, bias = (torch.as_tensor(t, device=out.device).to(out.dtype) for t in (self.gain(weight), bias))
+        if self.lora_B.ndim == 4:
+            gain, bias = gain.view(-1, 1, 1), bias.view(-1, 1, 1)
         return gain * (out - bias) + bias
 
     @torch.no_grad()
@@ -510,10 +512,8 @@ def report(args, command, parent, more, device, start):
     more |= {"target_miou_before": target["miou"], "adapter_mb": (parent.out / "adapter.pt").stat().st_size / 1e6}
     shared = dict(out=parent.out, seconds=time.perf_counter() - start, device=device, dry_run=args.dry_run)
     done = evaluate.before_after(stages, image, more=more, **shared)
-    print("{method}: {trainable_params:,} parameters trained, {trained_percent:.2f}%, in {minutes:.1f} minutes; a step "
-          "{step_ms:.0f} ms, {step_memory_mb:.0f} MiB; of full fine-tuning {step_ms_full:.0f} ms, "
-          "{step_memory_mb_full:.0f} MiB\nmerged and not, logits differ by {merge_difference:.1g} at most; the base is "
-          "as it was, to the bit".format(**more))  # fmt: skip
+    print("{trainable_params:,} parameters trained, {trained_percent:.2f}%; a step {step_ms:.0f} ms, of full fine-tuning "
+          "{step_ms_full:.0f}; merged and not, logits differ by {merge_difference:.1g}".format(**more))  # fmt: skip
     print(f"{path}; adapter.pt ({more['adapter_mb']:.2f} MB), results.json and figures beside it")
     return done
 

@@ -118,7 +118,7 @@ def peft_manages(kind, arguments, options, x):
     try:
         model = peft.get_peft_model(nn.Sequential(kind(8, 8, **arguments)), config).eval()
         out = model(x)
-        return torch.allclose(out, model.merge_and_unload()(x), atol=1e-4)
+        return torch.allclose(out, model.merge_and_unload()(x), rtol=1e-3, atol=1e-3)
     except Exception:
         return False
 
@@ -142,7 +142,7 @@ def test_merged_is_not_merged_in_every_cell_and_in_more_than_in_peft():
         theirs, count = theirs + peft_manages(kind, arguments, options, x), count + 1
     assert count >= 60
     assert ours == count
-    assert theirs < count  # peft 0.21.2: 42 of 144
+    assert theirs < count  # peft 0.21.2: 56 of 144
     print(f"ours {ours}, peft {theirs} of {count}")
 
 

@@ -245,12 +245,14 @@ def test_readme_command(command, whole, request, monkeypatch):
             pytest.skip("CamVid is not here")
         command = command.replace("--data-root CamVid", f"--data-root {CAMVID}")
         command += f" {size}" if "train.py" in command else ""
-    paths = re.search(r"--weights((?: checkpoints/\S+)+)", command)
-    for path in paths[1].split() if paths else ():  # what an earlier command would have left
+    paths = re.findall(r"(?<=--weights|--student)(?: checkpoints/\S+)+", command)
+    for path in " ".join(paths).split():  # what an earlier command would have left
         weights = folder / path if path.endswith(".pt") else folder / path / "a" / "best.pt"
         if not weights.exists():
             weights.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(trained(folder, camvid=camvid, size=size), weights)
+    if "--adapter" in command and not (folder / "checkpoints" / "lora").exists():
+        run_here("python lora.py --method classifier --dry-run --out checkpoints/lora")
     if "benchmark.py" in command:  # other backends compile for minutes, and have tests of their own
         command = re.sub("--backend [a-z ]+", "--backend torch ", command)
         command = re.sub("--size [0-9]+ [0-9]+", "--size 64 96", command)
