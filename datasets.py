@@ -608,8 +608,9 @@ class FeatureViews(Dataset):
     this class gives the features of a batch.
     """
 
-    def __init__(self, dataset, count, encode, *, dtype=torch.float32):
-        self.dataset, self.count, self._encode, self.dtype, self.kept = dataset, count, encode, dtype, {}
+    def __init__(self, dataset, count, encode, *, device, dtype=torch.float32):
+        self.dataset, self.count, self._encode, self.kept = dataset, count, encode, {}
+        self.device, self.dtype = device, dtype
 
     def __len__(self):
         return len(self.dataset)
@@ -622,7 +623,8 @@ class FeatureViews(Dataset):
         number = i * self.count + seed % self.count
         if number not in self.kept:
             image, target = self.dataset[i, mix_seed(number)]
-            features = [f.to(self.dtype) for f in self._encode(image[None])]
+            with torch.no_grad():
+                features = [f.to(self.dtype) for f in self._encode(image[None].to(self.device))]
             self.kept[number] = features, target.to(torch.uint8)
         return torch.full((1, 1, 1), float(number)), self.kept[number][1].long()
 

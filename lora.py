@@ -36,7 +36,6 @@ from torch import nn
 
 import datasets
 import evaluate
-import int8
 import models
 import quantize
 import train
@@ -270,9 +269,7 @@ def targets_of(model, method, patterns):
         patterns = {"lora-head": ["head.*"], "lora-full": ["head.*", *(attention or ["backbone.*"])]}.get(method, [])
     for pattern in patterns:
         if not (new := fnmatch.filter(names, pattern)):
-            raise ModelError(
-                f"--targets {pattern}: no layer has such a name; there are {', '.join(names[:3])} and so on"
-            )
+            raise ModelError(f"--targets {pattern}: no layer has such a name; one that is there is {names[0]}")
         found.update(new)
     return [name for name in names if name in found]
 
@@ -399,7 +396,8 @@ def tune(args, command, parent, device, last):
     )  # fmt: skip
     for kind, names in ((f"LoRA of rank {args.rank}", patch.layers), ("trained itself", patch.trained)):
         like = collections.Counter(re.sub(r"(?<=\.)\d+", "*", name) for name in names)
-        print(f"{kind}:", ", ".join(f"{name} ({count})" for name, count in like.items()) or "nothing")
+        if names and train.rank_and_world()[0] == 0:
+            print(f"{kind}:", ", ".join(f"{name} ({count})" for name, count in like.items()))
     if args.init == "svd":
         for layer in lora_layers(model).values():
             layer.start_from_svd()
@@ -451,24 +449,16 @@ def tune(args, command, parent, device, last):
 
 def trunk(args, model, full, train_set, device):
     """(encode of the objective, None for the network's own; the training set) by --trunk and --cache-features."""
-    if args.trunk == "float" and not args.cache_features:
-        return None, train_set
-    if any(p.requires_grad for p in model.backbone.parameters()):
-        raise ModelError("--trunk int8 and --cache-features are for a backbone that is not trained: "
-                         "--method classifier, head or lora-head")  # fmt: skip
-    net = model if args.trunk == "float" else quantize.int8_copy(full, train.calibration_images(args, device, 16))
-
-    @torch.no_grad()
-    def encode(images):
-        with torch.autocast(device.type, enabled=False):
-            return [int8.read(f) for f in net.encode(images.to(device, memory_format=torch.channels_last))]
-
+    encode = None
+    if (args.trunk == "int8" or args.cache_features) and any(p.requires_grad for p in model.backbone.parameters()):
+        raise ModelError("--trunk int8 and --cache-features are of --method classifier, head and lora-head")
+    if args.trunk == "int8":
+        encode = quantize.int8_encoder(full, train.calibration_images(args, device, 16))
     if not args.cache_features:
         return encode, train_set
-    args.workers = 0  # what is kept is in this process
-    kept = evaluate.AMP_DTYPES[args.amp] or torch.float32
-    views = datasets.FeatureViews(train_set, args.cache_features, encode, dtype=kept)
-    return (lambda numbers: views.encode(numbers)), views
+    args.workers, kept = 0, evaluate.AMP_DTYPES[args.amp] or torch.float32  # what is kept is in this process
+    views = datasets.FeatureViews(train_set, args.cache_features, encode or model.encode, device=device, dtype=kept)
+    return (lambda numbers: views.encode(numbers)), views  # a function is not copied by who copies the objective
 
 
 def report(args, command, parent, more, device, start):
@@ -512,7 +502,7 @@ def report(args, command, parent, more, device, start):
     more |= {"target_miou_before": target["miou"], "adapter_mb": (parent.out / "adapter.pt").stat().st_size / 1e6}
     shared = dict(out=parent.out, seconds=time.perf_counter() - start, device=device, dry_run=args.dry_run)
     done = evaluate.before_after(stages, image, more=more, **shared)
-    print("{trainable_params:,} parameters trained, {trained_percent:.2f}%; a step {step_ms:.0f} ms, of full fine-tuning "
+    print("{trainable_params:,} parameters trained, {trained_percent:.2f}%; a step {step_ms:.0f} ms, of full tuning "
           "{step_ms_full:.0f}; merged and not, logits differ by {merge_difference:.1g}".format(**more))  # fmt: skip
     print(f"{path}; adapter.pt ({more['adapter_mb']:.2f} MB), results.json and figures beside it")
     return done

@@ -281,16 +281,23 @@ def convert(model, *, attention_dtype=None):
     int8.execute(model, int8=kernels(), attention_dtype=attention_dtype)
 
 
-def int8_copy(model, batches):
-    """A copy of a float network in int8, by --method ptq with its defaults; batches: images to calibrate it on."""
+def int8_encoder(model, batches):
+    """encode(images) of a copy of a float network in int8, made as --method ptq does by default; for features that are
+    not trained. batches: images to calibrate it on."""
     model = copy.deepcopy(model)
     simplify(model)
     smooth(model, batches[:8])
     prepare(model, batches[0])
     calibrate(model, batches, observer="mse")
     correct_bias(model, batches)
-    convert(model, attention_dtype=torch.bfloat16)
-    return model.eval()
+    convert(model.eval(), attention_dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def encode(images):
+        with torch.autocast(images.device.type, enabled=False):
+            return [read(feature) for feature in model.encode(images)]
+
+    return encode
 
 
 def packed(state, small=2**16):

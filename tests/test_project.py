@@ -39,7 +39,7 @@ ALLOWED = {
     "int8": {"models"},
     **{name: TRIO | {"evaluate", "train"} for name in COMPRESSION},
     "quantize": TRIO | {"evaluate", "train", "int8"},
-    "lora": TRIO | {"evaluate", "train", "int8", "quantize"},  # what is frozen can run in int8 while it trains
+    "lora": TRIO | {"evaluate", "train", "quantize"},  # what is frozen can run in int8 while it trains
     "export_onnx": {"models", "datasets", "evaluate", "int8"},
     "benchmark": {"models", "datasets", "evaluate", "int8", "export_onnx"},
 }
