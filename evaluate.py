@@ -822,7 +822,7 @@ def before_after(stages, image, *, out, seconds, device, more, dry_run=False):
     stages: {name: Stage}, the first what it started from, the last what it wrote; all scored by the same evaluate().
     Networks that are there are timed on `image` (1, 3, H, W), in turns, BatchNorm folded, and metered where there is a
     meter. The keys are those of results() of the last, `before` with those of the first, latency_ms and energy_j of
-    both, macs and macs_before (None of a quantized network), and `more`. A table of all stages is printed.
+    both, macs, macs_before and their ratio (None of a quantized network), and `more`. A table of all stages is printed.
     """
     first, *_, last = stages.values()
     shared = dict(split="val", device=device, seconds=seconds)
@@ -836,6 +836,7 @@ def before_after(stages, image, *, out, seconds, device, more, dry_run=False):
     energy = dict(zip(timed, joules, strict=True))
     macs = {n: None if hasattr(m, "points") else count_macs(m, image.to(device)) for n, m in timed.items()}
     done |= {"before": before, "macs": macs[list(stages)[-1]], "macs_before": macs[next(iter(stages))]}
+    done["macs_ratio"] = done["macs"] / done["macs_before"] if done["macs"] and done["macs_before"] else None
     for key, values in (("latency_ms", list(latency.values())), ("energy_j", joules)):
         done |= {key: values[-1], f"{key}_before": values[0]}
     write_json(Path(out) / "results.json", done | more)

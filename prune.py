@@ -1092,7 +1092,7 @@ def main(argv=None):
         raise ModelError("--sparsity-schedule cubic chooses masks while it trains: leave out --pattern, and --epochs 0")
     device = train.start(args)
     parent = train.open_parent(args, device, refuse=FLOAT_ONLY)
-    before = score(parent.model, parent, device)
+    before = train.score(parent.model, parent, device)
     if not args.sweep:
         return prune_once(args, command, parent, before, device, last, start)
     rows = []
@@ -1110,15 +1110,6 @@ def main(argv=None):
     return done
 
 
-def score(model, parent, device, dataset=None):
-    """evaluate() of a network on the validation split, or on `dataset`, without boundaries."""
-    info = parent.val_set.info
-    return evaluate.evaluate(
-        model, datasets.eval_loader(dataset or parent.val_set), num_classes=len(info.classes),
-        ignore_index=info.ignore_index, device=device, boundary=False, progress=True,
-    )  # fmt: skip
-
-
 def seen_images(args, count=32):
     """Training images, evenly spread, as evaluation sees them, but none of those that calibrate."""
     dataset = train.calibration_set(args)
@@ -1134,7 +1125,7 @@ def renorm_where_it_helps(model, images, args, parent, device):
         return
     other, seen = copy.deepcopy(model), seen_images(args)
     reestimate_norms(other, images)
-    own, new = (score(m, parent, device, seen)["miou"] for m in (model, other))
+    own, new = (train.score(m, parent, device, seen)["miou"] for m in (model, other))
     taken = args.renorm or new > own
     print(f"on {len(seen)} training images {own:.2f} mIoU with BatchNorm's statistics as they were, {new:.2f} anew: "
           f"{'taken anew' if taken else 'left as they were'}")  # fmt: skip
@@ -1161,7 +1152,7 @@ def prune_once(args, command, parent, before, device, last, start):
             share = args.amount if turns == 1 else 1 - (1 - args.amount) ** (1 / turns)  # of what is left
             if (share or args.pattern) and not cubic:
                 (cut_channels if args.structured else cut_weights)(model, share, args, parent, entry, device)
-            metrics = score(model, parent, device)
+            metrics = train.score(model, parent, device)
             entry |= {"turn": turn, "untuned": {k: metrics[k] for k in ("miou", "macc", "aacc")}}
             print(f"{'not pruned' if cubic else 'pruned'}, not trained yet: {metrics['miou']:.2f} mIoU; "
                   f"before {before['miou']:.2f}")  # fmt: skip
@@ -1190,7 +1181,7 @@ def cut_weights(model, amount, args, parent, entry, device):
     apply_masks(weights, masks)
     gone, count = sum(int((~mask).sum()) for mask in masks.values()), sum(w.numel() for w in weights.values())
     print(f"pruned: {gone:,} of the {count:,} weights of {len(weights)} layers")
-    metrics = score(model, parent, device)
+    metrics = train.score(model, parent, device)
     print(f"pruned, BatchNorm's statistics as they were: {metrics['miou']:.2f} mIoU")
     renorm_where_it_helps(model, calibration(args, device), args, parent, device)
 
@@ -1256,10 +1247,9 @@ def report(args, command, parent, before, device, start):
     left = {name: w.numel() / whole[name].numel() for name, w in weights.items()}
     label = "share of the weights that is left" if args.structured else "share of zeros"
     draw_layers(left if args.structured else zeros, label, parent.out / "layers.png")
-    macs, macs_before = (evaluate.count_macs(m, size) for m in (model, parent.model))
     more = {
-        "amount": args.amount, "sparsity": share, "layers": zeros, "macs": macs, "macs_before": macs_before,
-        "macs_ratio": macs / macs_before, "miou_untuned": untuned["miou"], "epochs": args.epochs,
+        "amount": args.amount, "sparsity": share, "layers": zeros, "miou_untuned": untuned["miou"],
+        "epochs": args.epochs,
     }  # fmt: skip
     source = parent.model, parent.checkpoint, Path(args.weights), parent.checkpoint["command"]
     stages = {"before": evaluate.Stage(before, *source), "pruned": evaluate.Stage(untuned)}
@@ -1267,7 +1257,7 @@ def report(args, command, parent, before, device, start):
     shared = dict(out=parent.out, seconds=time.perf_counter() - start, device=device, dry_run=args.dry_run)
     done = evaluate.before_after(stages, size, more=more, **shared)
     if args.structured:
-        print(f"{100 * macs / macs_before:.1f}% of the multiply-accumulates, "
+        print(f"{100 * done['macs_ratio']:.1f}% of the multiply-accumulates, "
               f"{100 * done['params'] / done['before']['params']:.1f}% of the parameters and "
               f"{100 * done['latency_ms'] / done['latency_ms_before']:.1f}% of the latency are left")  # fmt: skip
     else:

@@ -764,11 +764,7 @@ def main(argv=None):
     args, last = parse_args(argv)
     device = train.start(args)
     parent = train.open_parent(args, device, refuse=FLOAT_ONLY)
-    info, out = parent.val_set.info, parent.out
-    score = functools.partial(
-        evaluate.evaluate, loader=datasets.eval_loader(parent.val_set, workers=args.workers), device=device,
-        progress=True, num_classes=len(info.classes), ignore_index=info.ignore_index, boundary=False,
-    )  # fmt: skip
+    out, score = parent.out, functools.partial(train.score, parent=parent, device=device)
     before = score(parent.model)
     if last:
         model, entry = models.load_checkpoint(out / "last.pt", device=device)[0], last["compression"][-1]
