@@ -404,6 +404,7 @@ def tune(args, command, parent, device, last):
     elif args.init == "data" and patch.layers:
         for name in start_from_data(model, train.calibration_images(args, device, 16)):
             print(f"starts as by default: {name}, which is not called as a layer")
+    model.to(memory_format=torch.channels_last)  # of what is new
     encode, train_set = trunk(args, model, full, parent.train_set, device)
     objective = train.make_objective(args, model, parent.train_set, parent.out, device, encode=encode)
     plain = train.Objective(full, objective.loss, objective.aux_weight, objective.ignore_index).to(device)

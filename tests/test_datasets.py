@@ -1128,3 +1128,22 @@ def test_the_table_decides_crop_and_scale_where_flags_do_not():
     image, target = drawn[0, 1]
     assert image.shape == (3, 40, 70)  # whole scenes, at scale 1
     assert sorted(target.unique().tolist()) == sorted(set(drawn.raw(0)[1].unique().tolist()))
+
+
+def test_feature_views_are_made_once_and_are_those_of_the_augmented_images():
+    seen = []
+
+    def encode(images):
+        seen.append(len(images))
+        return [images[:, :, ::2], images.mean(1, keepdim=True)]
+
+    data = open_dataset("synthetic", "train", size=(32, 64), length=3)
+    views = datasets.FeatureViews(data, 2, encode, device="cpu")
+    keys = [(i, seed) for i in range(3) for seed in (4, 7, 9)]  # views 0, 1, 1
+    numbers, targets = zip(*(views[key] for key in keys), strict=True)
+    fine, mean = views.encode(torch.stack(numbers))
+    assert (len(views), len(seen), fine.shape, mean.shape) == (3, 6, (9, 3, 16, 64), (9, 1, 32, 64))
+    for row, target, (i, seed) in zip(fine, targets, keys, strict=True):
+        image, expected = data[i, datasets.mix_seed(2 * i + seed % 2)]
+        assert torch.equal(row, image[:, ::2])
+        assert torch.equal(target, expected)

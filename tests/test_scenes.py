@@ -50,6 +50,14 @@ def test_scenes_are_what_they_were(scene, image, label):
     assert [hashlib.sha256(pixels).hexdigest()[:16] for pixels in draw_scene(*scene)] == [image, label]
 
 
+def test_bad_light_has_other_streets_that_are_darker_or_paler():
+    dim, clear = ([draw_scene(0, "val", i, (64, 128), bad_light=bad) for i in range(12)] for bad in (True, False))
+    assert all((a[1] != b[1]).any() for a, b in zip(dim, clear, strict=True))
+    assert min(image.mean() for image, _ in dim) < 0.6 * min(image.mean() for image, _ in clear)
+    contrast = [np.median([image.std() for image, _ in scenes]) for scenes in (dim, clear)]
+    assert contrast[0] < 0.7 * contrast[1]
+
+
 def test_deterministic_in_another_process():
     """Not only here: a process with another hash seed draws the same bytes."""
     code = "import scenes, zlib; print([zlib.crc32(a) for a in scenes.draw_scene(3, 'val', 5, (64, 96))])"
