@@ -412,6 +412,8 @@ def make_run(args, kind, teacher, parent, device, last=None):
     if last:
         model.load_state_dict(last["state_dict"])
     model = model.to(device, memory_format=torch.channels_last)
+    if train.rank_and_world()[1] > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     tokens = has_tokens(model) and has_tokens(teacher.networks[0])
     given = {term: getattr(args, f"{term}_weight") for term in TERMS}
     weights = term_weights(args.mode.split("+"), tokens, given)
