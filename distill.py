@@ -204,7 +204,8 @@ class Distiller(train.Objective):
 
     def of_logits(self, logits, target, wanted):
         shared = dict(teacher=wanted, ignore_index=self.ignore_index)
-        softened = shared | dict(temperature=self.temperature) | self.boundary
+        weight = getattr(self.loss, "weight", None)  # of the classes: as in the loss of the labels
+        softened = shared | dict(temperature=self.temperature, weight=weight) | self.boundary
         known = {
             "kl": functools.partial(losses.distillation, **softened),
             "cwd": functools.partial(losses.channel_distillation, **shared),

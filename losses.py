@@ -291,20 +291,26 @@ def bce_dice(logits, target, *, ignore_index=255, **options):
 
 
 @_in_float32
-def distillation(logits, target, *, teacher, temperature=1.0, ignore_index=255, boundary_weight=0.0, boundary_width=3):
+def distillation(
+    logits, target, *, teacher, temperature=1.0, ignore_index=255, weight=None, boundary_weight=0.0, boundary_width=3
+):
     """T^2 KL(teacher || student) of softmax(logits / T), summed over the classes (Hinton et al. 2015, section 2).
 
     The mean is over the valid pixels of all ranks, so that neither K, nor the size of the images or the batch, nor what
-    is ignored changes the weight of the term. boundary_weight W: the mean over the pixels off boundary_map() plus W
-    times the mean over those on it, which are few (after Liu et al. 2024, Boundary Privileged Knowledge Distillation).
+    is ignored changes the weight of the term. weight (K,): of the classes, a pixel's that of its label, as in
+    cross_entropy(); without it rare classes learn little from a teacher. boundary_weight W: the mean over the pixels
+    off boundary_map() plus W times the mean over those on it, which are few (after Liu et al. 2024, Boundary Privileged
+    Knowledge Distillation).
     """
     student, teacher = ((x / temperature).log_softmax(1) for x in (logits, _like(teacher, logits)))  # (N, K, H, W)
     divergence = temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="none").sum(1)  # (N, H, W)
-    valid = target != ignore_index
+    weights = (target != ignore_index).to(divergence.dtype)
+    if weight is not None:
+        weights = weights * weight.to(weights.dtype)[target.where(target != ignore_index, 0)]
     if not boundary_weight:
-        return _global_mean((divergence * valid).sum(), valid.sum())
+        return _global_mean((divergence * weights).sum(), weights.sum())
     edge = boundary_map(target, ignore_index, boundary_width)
-    body, edge = (_global_mean((divergence * part).sum(), part.sum()) for part in (valid & ~edge, edge))
+    body, edge = (_global_mean((divergence * part).sum(), part.sum()) for part in (weights * ~edge, weights * edge))
     return body + boundary_weight * edge
 
 

@@ -625,6 +625,7 @@ def test_class_weights_are_a_buffer():
 TAUGHT = {
     "response": losses.distillation,
     "softened": functools.partial(losses.distillation, temperature=4.0),
+    "weighted": functools.partial(losses.distillation, weight=torch.tensor([1.0, 3.0, 0.5, 2.0])),
     "boundary": functools.partial(losses.distillation, boundary_weight=2.0, boundary_width=1),
     "channel": losses.channel_distillation,
     "relation": losses.relation_distillation,
@@ -643,6 +644,16 @@ def test_distillation_is_torchs_divergence_on_the_valid_pixels(temperature):
     expected = temperature**2 * F.kl_div(*rows, reduction="batchmean", log_target=True)
     found = losses.distillation(student, target, teacher=teacher, temperature=temperature)
     torch.testing.assert_close(found, expected)
+
+
+def test_classes_weigh_as_in_the_cross_entropy():
+    (student, target), (teacher, _) = batch(4), batch(4, seed=1)
+    weight, total = torch.tensor([1.0, 3.0, 0.5, 2.0]), 0.0
+    for k in range(4):
+        only = target.masked_fill(target != k, IGNORE)
+        total = total + weight[k] * (target == k).sum() * losses.distillation(student, only, teacher=teacher)
+    expected = total / sum(weight[k] * (target == k).sum() for k in range(4))
+    torch.testing.assert_close(taught("weighted", teacher)(student, target), expected)
 
 
 def test_boundaries_weigh_beside_the_rest_not_by_their_number():
