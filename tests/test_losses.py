@@ -879,7 +879,7 @@ def rank_main(rank, folder):
         result = {}
         for key, (name, options) in GLOBAL_MEANS.items():
             result[key] = grad(make(name, **options), logits, target)
-        result["taught"] = grad(taught(teacher(logits)), logits, target)
+        result["taught"] = grad(taught("response", teacher(logits)), logits, target)
         # Every pixel of every rank is ignored: the global count is 0.
         result["empty"] = grad(make("ce"), logits, torch.full_like(target, IGNORE))
         if rank == 0:  # One rank alone, as in evaluation: it must not wait for the other.
@@ -895,7 +895,7 @@ def test_two_processes_average_to_the_single_process_loss(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     logits, target, images = shares()
     whole = {key: make(name, **options) for key, (name, options) in GLOBAL_MEANS.items()}
-    for key, loss in (whole | {"taught": taught(teacher(logits))}).items():
+    for key, loss in (whole | {"taught": taught("response", teacher(logits))}).items():
         value, gradient = grad(loss, logits, target)
         torch.testing.assert_close((ranks[0][key][0] + ranks[1][key][0]) / 2, value)
         # DDP divides the sum of the gradients by 2; each rank saw its own images only.
