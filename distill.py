@@ -54,7 +54,8 @@ from models import ModelError
 
 
 class Answer(NamedTuple):
-    """What a teacher says of images: logits (N, K, H, W) at their size, feature maps, tokens (N, T, C) by layer."""
+    """What a teacher says of images: logits (N, K, H, W) at their size, feature maps, tokens (N, T, C) by layer; of an
+    int8 network the latter two are computed when they are read as floats."""
 
     logits: torch.Tensor
     features: list
@@ -93,7 +94,7 @@ class Teacher(nn.Module):
             logits += [network(images.flip(-1)).float().flip(-1) for network in self.networks]
         if len(logits) > 1:
             logits = [torch.stack([x.softmax(1) for x in logits]).mean(0).clamp(min=1e-12).log()]
-        return Answer(logits[0], [f.float() for f in features], tuple(t.float() for t in tokens))
+        return Answer(logits[0], features, tokens)
 
     def encode(self, images):
         return [images]
@@ -221,6 +222,7 @@ class Distiller(train.Objective):
         covers, theirs = self.model.padded(size), first.padded(size)
 
         def compare(loss, mine, other):
+            other = other.float()
             valid = losses.places(target, other.shape[-2:], theirs, self.ignore_index)
             return loss(losses.on_grid(mine, covers, other.shape[-2:], theirs), other, valid)
 
@@ -240,7 +242,9 @@ class Distiller(train.Objective):
         count = grid[0] * grid[1]
         own = torch.stack([self.extra["tokens"](t[:, -count:]) for t in tokens[1:]])  # the embedding is no layer
         valid = losses.places(target, grid, covers, self.ignore_index).flatten(1)
-        loss, self.attention = losses.projection_distillation(own, torch.stack([t[:, -count:] for t in wanted]), valid)
+        loss, self.attention = losses.projection_distillation(
+            own, torch.stack([t.float()[:, -count:] for t in wanted]), valid
+        )
         return loss
 
     def report(self):
