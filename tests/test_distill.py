@@ -33,7 +33,7 @@ def info():
 
 
 @pytest.fixture
-def checkpoint(info, tmp_path):
+def checkpoint(info, tmp_path, figures_once):
     """checkpoint(name, **build) -> path of a network that has learned nothing, but is not at its start either."""
 
     def write(name="teacher", *, seed=0, classes=None, compression=(), **build):

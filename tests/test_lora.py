@@ -350,7 +350,7 @@ TINY = [
 
 
 @pytest.fixture
-def base(tmp_path, monkeypatch):
+def base(tmp_path, monkeypatch, figures_once):
     """A checkpoint of train.py's kind, and four drawn scenes a split."""
     for name in ("synthetic", "synthetic-night"):
         row = dataclasses.replace(datasets.DATASETS[name], lengths={"train": 4, "val": 2, "test": 2})
