@@ -359,6 +359,7 @@ def make_parser():
     datasets.add_data_args(parser)
     train.add_model_args(parser)
     train.add_train_args(parser)
+    parser.set_defaults(epochs=4)  # in place of train.py's
     return parser
 
 
