@@ -932,13 +932,12 @@ def make_parser():
 def open_images(path):
     """FILE or DIR -> sorted list of image files. DataError where there is none."""
     path = Path(path)
-    if not path.is_dir():
-        if not path.exists():
-            raise DataError(f"--images {path}: no such file or folder")
-        return [path]
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in datasets.IMAGE_SUFFIXES)
+    if not path.exists():
+        raise DataError(f"--images {path}: no such file or folder")
+    known = datasets.IMAGE_SUFFIXES
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in known) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"--images {path}: the folder holds no image ({', '.join(datasets.IMAGE_SUFFIXES)})")
+        raise DataError(f"--images {path}: the folder holds no image ({', '.join(known)})")
     return files
 
 
@@ -1063,36 +1062,32 @@ def main(argv=None):
 def run(args, model, checkpoint, command, device, out):
     """Score, or predict images with, one network -> what results.json in `out` holds."""
     start = time.perf_counter()
-    files = open_images(args.images) if args.images else None
-    scales = args.scales or (TTA_SCALES if args.tta else (1.0,))
+    length = 2 if args.dry_run else None
+    files = open_images(args.images)[:length] if args.images else None
     options = {
-        "scales": tuple(scales), "flip": args.tta if args.flip is None else args.flip, "window": args.slide,
-        "stride": args.slide_stride, "amp_dtype": AMP_DTYPES[choose_amp(args.amp, device)],
+        "scales": tuple(args.scales or (TTA_SCALES if args.tta else (1.0,))), "window": args.slide,
+        "flip": args.tta if args.flip is None else args.flip, "stride": args.slide_stride,
+        "amp_dtype": AMP_DTYPES[choose_amp(args.amp, device)], "crf": args.crf and {"steps": args.crf, "seconds": []},
     }  # fmt: skip
-    crf = {"steps": args.crf, "seconds": []} if args.crf else None
-    metrics, extra, split = {}, {}, args.split
+    metrics, extra, crf = {}, {}, options["crf"]
     if files:
         info = DataInfo.from_dict(checkpoint["data"])
         fit = None if args.slide else info.size  # a sliding window is for images larger than what was trained on
-        files = files[:2] if args.dry_run else files
-        sizes = {"size": args.size, "fit": fit}
-        extra["written"] = predict_images(model, info, files, out, device=device, crf=crf, **sizes, **options)
-        split = None
+        extra["written"] = predict_images(model, info, files, out, device=device, size=args.size, fit=fit, **options)
     else:
         dataset = open_scored(
             checkpoint, weights=args.weights, dataset=args.dataset, data_root=args.data_root, size=args.size,
-            split=args.split, length=2 if args.dry_run else None, options=datasets.option_values(args),
+            split=args.split, length=length, options=datasets.option_values(args),
         )  # fmt: skip
         loading = {"batch_size": args.batch_size, "workers": args.workers}
-        metrics = score(model, dataset, device=device, out=out, boundary=args.boundary, crf=crf, **loading, **options)
+        metrics = score(model, dataset, device=device, out=out, boundary=args.boundary, **loading, **options)
         print_classes(metrics, dataset.info.classes)
         extra["dataset"] = dataset.info.name
     if crf:
         cost = 1000 * sum(crf["seconds"]) / len(crf["seconds"])
         extra["crf"] = {"steps": args.crf, "miou_without": metrics.get("miou_without_crf"), "ms_per_image": cost}
-    seconds = time.perf_counter() - start
-    common = {"command": command, "split": split, "seconds": seconds, "device": device, "path": args.weights}
-    done = results(model, checkpoint, metrics, **common) | extra
+    common = {"command": command, "split": None if files else args.split, "device": device, "path": args.weights}
+    done = results(model, checkpoint, metrics, seconds=time.perf_counter() - start, **common) | extra
     write_json(out / "results.json", done)
     if files:
         print(f"wrote {len(extra['written'])} files for {len(files)} images to {out}/")
