@@ -17,7 +17,6 @@ and, without --size, at three more sizes, in batches of 1 and 3. Only a file tha
 there before stays until then. Numbers go to FILE.json.
 """
 
-import argparse
 import contextlib
 import copy
 import io
@@ -25,7 +24,6 @@ import json
 import logging
 import math
 import os
-import shlex
 import sys
 import time
 import uuid
@@ -41,7 +39,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import datasets
 import evaluate
-from datasets import DataError, DataInfo, positive_int
+from datasets import DataError, DataInfo, pixels, positive_int, thread_count
 from int8 import (
     ACTIVATIONS,
     UINT8,
@@ -502,11 +500,11 @@ def replace(new, path):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=evaluate.HelpFormatter)
+    parser = datasets.Parser(__doc__)
     add = parser.add_argument
     add("--weights", default="checkpoints/train/best.pt", help="checkpoint to export")
     add("--out", metavar="FILE", help="ONNX file to write; left out: --weights with the suffix .onnx")
-    add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="input size, pixels; left out: any")
+    add("--size", type=pixels, nargs=2, metavar=("H", "W"), help="input size, pixels; left out: any")
     add("--opset", type=positive_int, help=f"version of the ONNX operators; left out: {OPSET}, or what weights need")
     add("--raw-input", action="store_true", help="uint8 N x H x W x 3 in: the file normalises")
     add("--output", choices=OUTPUTS, default="logits", help="what comes out: logits or class ids")
@@ -514,7 +512,7 @@ def make_parser():
     add("--dataset", help="score the file on this data set; left out: checked on images of the checkpoint's")
     add("--data-root", help="folder of the data set to score on; left out: the checkpoint's")
     add("--split", default="val", help="split to check and score on")
-    add("--threads", type=positive_int, help="CPU threads; left out: PyTorch's choice")
+    add("--threads", type=thread_count, help="CPU threads; left out: PyTorch's choice")
     add(
         "--dry-run",
         action="store_true",
@@ -536,8 +534,8 @@ def choose_path(args):
 def main(argv=None):
     """Run the command line; returns what FILE.json holds. SystemExit with status 1 where a check fails."""
     start = time.perf_counter()
-    args = make_parser().parse_args(argv)
-    command = shlex.join(["python", "export_onnx.py", *(sys.argv[1:] if argv is None else argv)])
+    args = make_parser().parse(argv)
+    command = evaluate.command_line("export_onnx.py", argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     model, checkpoint = load_checkpoint(args.weights)
