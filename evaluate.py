@@ -25,7 +25,7 @@ import io
 import json
 import math
 import os
-import resource
+import re
 import shlex
 import statistics
 import sys
@@ -46,6 +46,11 @@ import datasets
 import models
 from datasets import DataError, DataInfo, count, image_scale, pixels, positive_int, thread_count, worker_count
 from models import ModelError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 CHUNK = 1 << 20  # numbers in one chunk of upsampled logits: 4 MiB of float32, about what a CPU core's cache holds
 TTA_SCALES = (0.75, 1.0, 1.25)
@@ -701,6 +706,23 @@ def run_cli(main):
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        if not (line := lacking(error)):
+            raise
+        print("error:", line, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def lacking(error):
+    """One line about what this machine lacks where that is what an exception says: memory, a package, a compiler."""
+    said = models.one_line(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("allocate memory|out of memory", said):
+        return f"out of memory ({said}): give a smaller --batch-size, --size or --crop, or a smaller network"
+    if isinstance(error, ImportError):
+        return f"{said}: pip install -r requirements.txt (of the tests and other backends: requirements-dev.txt)"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile fails here ({said[:150]}): leave it out, or install a C++ compiler"
+    return None
 
 
 def command_line(script, argv):
@@ -752,9 +774,11 @@ def choose_amp(name, device):
 
 
 def peak_memory_mb(device):
-    """Peak memory so far, MiB: of the tensors on a GPU, or of this whole process on a CPU."""
+    """Peak memory so far, MiB: of the tensors on a GPU, or of this whole process on a CPU; None where none can say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
