@@ -721,7 +721,8 @@ def lacking(error):
     if isinstance(error, ImportError):
         return f"{said}: pip install -r requirements.txt (of the tests and other backends: requirements-dev.txt)"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile fails here ({said[:150]}): leave it out, or install a C++ compiler"
+        said = said.partition(" Set TORCHDYNAMO")[0]
+        return f"--compile fails here ({said}): leave it out, or install a C++ compiler"
     return None
 
 
