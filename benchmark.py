@@ -50,9 +50,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import datasets
 import evaluate
 import export_onnx
-from datasets import DATASETS, DataError, eval_loader, positive_int
+from datasets import DATASETS, DataError, eval_loader
 from evaluate import ROOT
 from int8 import is_quantized, simulated, watched
 from models import (
@@ -901,25 +902,28 @@ def print_profile(row):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=evaluate.HelpFormatter)
+    parser = datasets.Parser(__doc__)
     add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
     add("--weights", nargs="*", metavar="FILE|DIR", help=f"checkpoints; without a value, all under {ROOT}/")
     add("--model", choices=NETWORKS, help="measure this whole network, untrained")
     add("--backbone", choices=BACKBONES, help="measure this encoder with --head, untrained")
     add("--head", choices=HEADS, help="measure this decoder with --backbone, untrained")
-    add("--num-classes", type=positive_int, default=19, help="classes of an untrained network")
+    add("--num-classes", type=datasets.whole(2, 10_000), default=19, help="classes of an untrained network")
     add("--backend", nargs="+", choices=BACKENDS, default=["torch"], help="what runs the networks")
-    add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="pixels; left out: that of its data or crop")
-    add("--batch", type=positive_int, default=1, help="images a call")
+    add("--size", type=datasets.pixels, nargs=2, metavar=("H", "W"), help="pixels; left out: that of its data or crop")
+    add("--batch", type=datasets.positive_int, default=1, help="images a call")
     add("--dtype", choices=DTYPES, default="float32", help="of weights, activations and logits")
-    add("--threads", type=positive_int, help="CPU threads; left out: PyTorch's choice")
+    add("--threads", type=datasets.thread_count, help="CPU threads; left out: PyTorch's choice")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    add("--runs", type=positive_int, default=50, help="timed calls of each row")
+    add("--runs", type=datasets.positive_int, default=50, help="timed calls of each row")
     add("--miou", action=yes_no, default=True, help="score each checkpoint on its own val split")
     add("--profile", action="store_true", help="time by layer type and the ten slowest layers, on backend torch")
     add("--figures-from", nargs="+", metavar="JSON", help="measure nothing: join these benchmark.json and draw them")
     add("--out", help=f"folder to write to; left out: {ROOT}")
     add("--dry-run", action="store_true", help="two timed calls, two images")
+    parser.only("--num-classes", "untrained networks", lambda args: args.model or args.backbone or args.head)
+    measuring = parser.flags(without=("--figures-from", "--out", "--dry-run"))
+    parser.only(measuring, "measuring, not of --figures-from", lambda args: not args.figures_from)
     return parser
 
 
@@ -938,7 +942,7 @@ def wanted_networks(args):
 
 def main(argv=None):
     """Run the command line; returns the rows that benchmark.json holds."""
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse(argv)
     out = evaluate.out_folder(args.out, "benchmark" if args.dry_run else "", dry_run=args.dry_run)
     if args.figures_from:
         rows = merge(args.figures_from)

@@ -21,6 +21,7 @@ processes and restarts, and the global random state is never touched.
 import argparse
 import atexit
 import colorsys
+import copy
 import math
 import multiprocessing
 import os
@@ -44,7 +45,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from models import one_line
+from models import ModelError, one_line
 from scenes import CITYSCAPES_CLASSES, draw_scene
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
@@ -956,6 +957,66 @@ def class_weights(counts, method, power=1.0):
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default, but not None: there the help says what leaving the flag out means."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A script's flags; the help begins with the first paragraph of `doc`. What is wrong ends in one line, status 2.
+
+    Text and paths are never empty; a number has one of the checkers below as its `type`.
+    """
+
+    def __init__(self, doc):
+        super().__init__(description=(doc or "").split("\n\n")[0], formatter_class=HelpFormatter)  # None: python -OO
+        self.register("type", None, not_empty)  # of a flag that names no type
+        self.register("type", Path, lambda value: Path(not_empty(value)))
+        self.conditions = []
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+    def only(self, flags, where, test):
+        """Flags, as in "--power --cycles", that are read only where test(args) holds, which is what `where` says."""
+        self.conditions += [(self._option_string_actions[flag].dest, flag, where, test) for flag in flags.split()]
+
+    def flags(self, *titles, without=()):
+        """The flags of groups with these titles, or of all, but those `without`, as only() takes them."""
+        groups = (group for group in self._action_groups if not titles or group.title in titles)
+        flags = (action.option_strings[0] for group in groups for action in group._group_actions)
+        return " ".join(flag for flag in flags if flag not in without)
+
+    def given(self, argv):
+        """{name: value} of the flags in argv alone: argparse does not tell what was given from what is a default."""
+        silent = copy.deepcopy(self)
+        silent._defaults = {}
+        for action in silent._actions:
+            action.default = argparse.SUPPRESS
+        return vars(silent.parse_args(argv))
+
+    def refuse_idle(self, args, given):
+        """ModelError where a flag was given that nothing would read with `args`."""
+        for name, flag, where, test in self.conditions:
+            if name in given and not test(args):
+                raise ModelError(f"{flag} is of {where}: leave it out")
+
+    def parse(self, argv):
+        """parse_args() and refuse_idle()."""
+        args = self.parse_args(argv)
+        self.refuse_idle(args, self.given(argv))
+        return args
+
+
+def not_empty(value):
+    """An argparse type: text."""
+    if not value.strip() or "\0" in value:
+        raise argparse.ArgumentTypeError(f"{value!r} is empty, or holds a NUL")
+    return value
+
+
 def checked_number(convert, test, what):
     """An argparse type: convert the text and check the value, or say what is expected."""
 
@@ -971,9 +1032,19 @@ def checked_number(convert, test, what):
     return parse
 
 
-positive_int = checked_number(int, lambda v: v > 0, "a whole number above 0")
-count = checked_number(int, lambda v: v >= 0, "a whole number, 0 or more")
+def whole(low, high=10**9):
+    """An argparse type: a whole number from `low` to `high`."""
+    return checked_number(int, lambda v: low <= v <= high, f"a whole number from {low} to {high}")
+
+
+positive_int, count = whole(1), whole(0)
+seed_number = whole(0, 10**18)  # torch.manual_seed() takes 63 bits
+pixels = whole(1, 2**16)  # the side of an image
+thread_count = whole(1, 1024)
+worker_count = whole(0, 256)
 positive_float = checked_number(float, lambda v: 0 < v < math.inf, "a number above 0")
+not_negative = checked_number(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
+image_scale = checked_number(float, lambda v: 0.05 <= v <= 20, "a number from 0.05 to 20")
 probability = checked_number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 share = checked_number(float, lambda v: 0 < v <= 1, "a number above 0, up to 1")
 share_below_1 = checked_number(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
@@ -992,16 +1063,16 @@ class OrderedPair(argparse.Action):
 def add_data_args(parser):
     """The data flags; their defaults are written here and nowhere else. None: the data set's own (see DATASETS)."""
     add, yes_no = parser.add_argument_group("data").add_argument, argparse.BooleanOptionalAction
-    pair = {"nargs": 2, "type": positive_int, "metavar": ("H", "W")}
+    pair = {"nargs": 2, "type": pixels, "metavar": ("H", "W")}
     add("--dataset", choices=list(DATASETS), default="synthetic", help="data set")
     add("--data-root", type=Path, metavar="PATH", help="folder of a real data set")
     add("--size", **pair, help="draw scenes at this size, resize real images to it; None: the data set's own")
     add("--crop", **pair, help="training crop in pixels; None: the data set's own")
     add("--batch-size", type=positive_int, default=8, metavar="N", help="images a step, over all processes")
-    add("--workers", type=count, default=2, metavar="N", help="loader processes; 0: load in the main process")
+    add("--workers", type=worker_count, default=2, metavar="N", help="loader processes; 0: load in the main process")
     add("--cache", action=yes_no, help="keep decoded images in memory; None: where the data set is small")
     add("--augment", action=yes_no, default=True, help="all random changes of training images")
-    add("--scale", nargs=2, type=positive_float, action=OrderedPair, metavar=("MIN", "MAX"),
+    add("--scale", nargs=2, type=image_scale, action=OrderedPair, metavar=("MIN", "MAX"),
         help="range of the random scale; None: the data set's own, mostly 0.5 2")  # fmt: skip
     add("--cat-max-ratio", type=share, default=0.75, metavar="R",
         help="redraw a crop in which one class has more than this share; 1: never")  # fmt: skip
@@ -1010,6 +1081,8 @@ def add_data_args(parser):
     add("--class-weights", choices=CLASS_WEIGHTS, default="none", help="weights of the loss, from pixel counts")
     add("--class-weights-power", type=positive_float, default=1.0, help="raise them to it: below 1 they are milder")
     add_option_args(add)
+    parser.only("--scale --cat-max-ratio --flip --photometric", "--augment", lambda args: args.augment)
+    parser.only("--class-weights-power", "--class-weights", lambda args: args.class_weights != "none")
 
 
 def add_option_args(add):
@@ -1047,22 +1120,27 @@ def contact_sheet(dataset, count=8, columns=2, width=1024):
     return sheet
 
 
-def main(argv=None):
-    """Look at a data set: a PNG of its first images and labels."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+def make_parser():
+    parser = Parser("Look at a data set: a PNG of its first images and labels.")
     add_data_args(parser)
     parser.add_argument("--split", default="train", help="split to show")
     parser.add_argument("--count", type=positive_int, default=8, help="images to show")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/data.png"), help="PNG to write")
     parser.add_argument("--dry-run", action="store_true", help="two images")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    """Run the command line."""
+    parser = make_parser()
     try:
+        args = parser.parse(argv)
         where = dict(root=args.data_root, size=args.size, options=option_values(args))
         dataset = open_dataset(args.dataset, args.split, cache=False, **where)
         sheet = contact_sheet(dataset, 2 if args.dry_run else args.count)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(args.out, optimize=True)
-    except (DataError, OSError) as error:
+    except (DataError, ModelError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"wrote {args.out}: {args.dataset}/{args.split}, {len(dataset)} images, {len(dataset.info.classes)} classes")
 

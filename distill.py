@@ -33,7 +33,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import math
 import re
 import statistics
 import time
@@ -327,15 +326,8 @@ def modes_of(text):
     return text
 
 
-def not_negative(text):
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is below 0, or no number")
-    return value
-
-
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=evaluate.HelpFormatter)
+    parser = datasets.Parser(__doc__)
     group = parser.add_argument_group("distillation")
     add, yes_no = group.add_argument, argparse.BooleanOptionalAction
     add("--weights", default="checkpoints/train/best.pt", help="checkpoint of the teacher, quantized or not")
@@ -343,11 +335,11 @@ def make_parser():
     add("--teacher-flip", action="store_true", help="the teacher also looks at each image mirrored")
     add("--mode", type=modes_of, default="response", help=f"{', '.join(MODES)}, or several joined by +")
     add("--temperature", type=datasets.positive_float, default=2.0, help="of response")
-    add("--boundary-kl", type=not_negative, default=0.0, metavar="W",
+    add("--boundary-kl", type=datasets.not_negative, default=0.0, metavar="W",
         help="response: label boundaries, --boundary-width wide, count W times beside the rest")  # fmt: skip
     for term, what in TERMS.items():
         flag = f"--{term.replace('_', '-')}-weight"
-        add(flag, type=not_negative, metavar="W", help=f"weight of that term ({what}); left out: by --mode")
+        add(flag, type=datasets.not_negative, metavar="W", help=f"weight of that term ({what}); left out: by --mode")
     add("--student", metavar="PATH", help="checkpoint to go on from, e.g. of a pruned network")
     add("--init", choices=("teacher", "scratch"), help="left out: the teacher's weights for some of its layers")
     add("--init-layers", choices=("lower", "even"), default="lower", help="which of the teacher's layers these are")
@@ -360,6 +352,15 @@ def make_parser():
     train.add_model_args(parser)
     train.add_train_args(parser)
     parser.set_defaults(epochs=4)  # in place of train.py's
+    network = parser.flags("network")
+    for flags, where, test in (
+        ("--temperature --boundary-kl", "--mode response", lambda args: args.kl_weight or "response" in args.mode),
+        ("--control", "a teacher, not of --mode none", lambda args: args.mode != "none"),
+        (network, "a new student: --student brings its network", lambda args: not args.student),
+        ("--init-layers", "--init teacher", lambda args: not args.student and args.init != "scratch"),
+        ("--epochs", "runs without --minutes", lambda args: not args.minutes),
+    ):
+        parser.only(flags, where, test)
     return parser
 
 
@@ -371,8 +372,6 @@ def main(argv=None):
         make_parser(), argv, script="distill.py", name=lambda given: f"distill-{given.get('mode', 'response')}",
         inherits=("data", "loss"), fixed=(*FIXED_FLAGS, *train.NETWORK_FLAGS),
     )  # fmt: skip
-    if args.student and (args.model or args.backbone or args.head or args.layers):
-        raise ModelError("--student brings its network: leave out --model, --backbone, --head and --layers")
     with train.process_group(train.start(args)) as device:
         return run(args, last, command, device, start)
 

@@ -27,7 +27,7 @@ import io
 import json
 import math
 import os
-import resource
+import re
 import shlex
 import statistics
 import sys
@@ -46,8 +46,13 @@ from tqdm import tqdm
 
 import datasets
 import models
-from datasets import DataError, DataInfo, positive_int
+from datasets import DataError, DataInfo, count, image_scale, pixels, positive_int, thread_count, worker_count
 from models import ModelError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 CHUNK = 1 << 20  # numbers in one chunk of upsampled logits: 4 MiB of float32, about what a CPU core's cache holds
 TTA_SCALES = (0.75, 1.0, 1.25)
@@ -859,13 +864,6 @@ arrange();
 # ---- what every script shares ---------------------------------------------------------------------------------------
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default, but not None: there the help says what leaving the flag out means."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def run_cli(main):
     """Run a script's main(): what the user can mend ends as one line `error: ...` and exit code 2, Ctrl-C with 130."""
     try:
@@ -878,6 +876,24 @@ def run_cli(main):
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        if not (line := lacking(error)):
+            raise
+        print("error:", line, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def lacking(error):
+    """One line about what this machine lacks where that is what an exception says: memory, a package, a compiler."""
+    said = models.one_line(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("allocate memory|out of memory", said):
+        return f"out of memory ({said}): give a smaller --batch-size, --size or --crop, or a smaller network"
+    if isinstance(error, ImportError):
+        return f"{said}: pip install -r requirements.txt (of the tests and other backends: requirements-dev.txt)"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        said = said.partition(" Set TORCHDYNAMO")[0]
+        return f"--compile fails here ({said}): leave it out, or install a C++ compiler"
+    return None
 
 
 def command_line(script, argv):
@@ -929,9 +945,11 @@ def choose_amp(name, device):
 
 
 def peak_memory_mb(device):
-    """Peak memory so far, MiB: of the tensors on a GPU, or of this whole process on a CPU."""
+    """Peak memory so far, MiB: of the tensors on a GPU, or of this whole process on a CPU; None where none can say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -1071,32 +1089,36 @@ def print_table(rows):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    parser = datasets.Parser(__doc__)
     add = parser.add_argument
     inherit = "left out: the checkpoint's"
     add("--weights", default="checkpoints/train/best.pt", help="checkpoint to score")
     add("--adapter", nargs="+", metavar="FILE", help="adapters that lora.py made for it: scored in turn, on their data")
     add("--dataset", help=f"data set to score on ({inherit})")
     add("--data-root", help=f"folder of the data set ({inherit})")
-    add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help=f"input size, pixels ({inherit})")
+    add("--size", type=pixels, nargs=2, metavar=("H", "W"), help=f"input size, pixels ({inherit})")
     add("--split", default="val", help="split to score on")
     datasets.add_option_args(add)
     add("--batch-size", type=positive_int, default=1, help="images a batch; does not change the numbers")
-    add("--workers", type=datasets.count, default=0, help="processes that load images")
+    add("--workers", type=worker_count, default=0, help="processes that load images")
     add("--gallery", action="store_true", help="gallery.html: every image with label, prediction and error")
     add("--images", metavar="FILE|DIR", help="predict these images instead of scoring a data set")
     add("--tta", action="store_true", help=f"test-time augmentation: scales {TTA_SCALES} and flip")
-    add("--scales", type=datasets.positive_float, nargs="+", help="image scales to average over; left out: 1")
+    add("--scales", type=image_scale, nargs="+", help="image scales to average over; left out: 1")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
-    add("--slide", type=positive_int, nargs=2, metavar=("H", "W"), help="sliding window, pixels")
-    add("--slide-stride", type=positive_int, nargs=2, metavar=("H", "W"), help="its stride; left out: 2/3 of it")
-    add("--crf", type=datasets.count, default=0, metavar="N", help="mean-field steps of a dense CRF on the prediction")
+    add("--slide", type=pixels, nargs=2, metavar=("H", "W"), help="sliding window, pixels")
+    add("--slide-stride", type=pixels, nargs=2, metavar=("H", "W"), help="its stride; left out: 2/3 of it")
+    add("--crf", type=count, default=0, metavar="N", help="mean-field steps of a dense CRF on the prediction")
     add("--boundary", action=argparse.BooleanOptionalAction, default=True, help="boundary IoU too")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--amp", choices=("auto", "off", "bf16"), default="off", help="mixed precision; off is float32")
-    add("--threads", type=positive_int, help="CPU threads; left out: PyTorch's choice")
+    add("--threads", type=thread_count, help="CPU threads; left out: PyTorch's choice")
     add("--out", help="folder to write to; left out: checkpoints/evaluate")
     add("--dry-run", action="store_true", help="two images only")
+    scoring = "--dataset --data-root --split --batch-size --workers --boundary"
+    options = "--void-as-class --train-share --val-drives --download"
+    parser.only(f"{scoring} {options}", "scoring, not of --images", lambda args: not args.images)
+    parser.only("--slide-stride", "--slide H W, the window", lambda args: args.slide)
     return parser
 
 
@@ -1213,10 +1235,8 @@ def print_classes(metrics, classes):
 
 def main(argv=None):
     """Run the command line; returns what results.json holds."""
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse(argv)
     command = command_line("evaluate.py", argv)
-    if args.slide_stride and not args.slide:
-        raise DataError("--slide-stride needs --slide H W, the window")
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -335,7 +335,7 @@ FLOAT_ONLY = {"quantize": "is quantized: adapt the float checkpoint that it was 
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=evaluate.HelpFormatter)
+    parser = datasets.Parser(__doc__)
     rates = ", ".join(f"{name} {rate:g}" for name, rate in METHODS.items())
     add = parser.add_argument_group("LoRA", f"--lr, where it is left out, is the method's: {rates}.").add_argument
     yes_no = argparse.BooleanOptionalAction
@@ -358,6 +358,9 @@ def make_parser():
     datasets.add_data_args(parser)
     train.add_train_args(parser)
     parser.set_defaults(**LORA_DEFAULTS)
+    branches, with_lora = "--targets --rank --alpha --dropout --rslora --dora --init --lr-ratio", ("all", "lora")
+    parser.only(branches, "methods with LoRA", lambda args: args.method.startswith(with_lora))
+    parser.only("--epochs", "runs without --minutes", lambda args: args.resume or not args.minutes)
     return parser
 
 

@@ -317,9 +317,41 @@ def _torchvision_body(row, load, make=None):
 
 
 def _with_weights(net, path):
-    """`net` with the state dict in a file; every tensor must match."""
-    net.load_state_dict(_read(path))
+    """`net` with the tensors in a file, however they are wrapped: in dicts, or with a prefix before each name.
+
+    All must be there and fit, but for a classifier's, which other data do not need. ModelError with counts otherwise.
+    """
+    own, found = net.state_dict(), dict(_named_tensors(_read(path)))
+
+    def fitting(prefix):
+        theirs = {key: found.get(prefix + key) for key in own}
+        return {key: t for key, t in theirs.items() if t is not None and t.shape == own[key].shape}
+
+    def matters(key):
+        return not key.startswith(("fc.", "classifier.", "aux_classifier.", "head.")) and "num_batches" not in key
+
+    first, parts = next(iter(own)), {key.partition(".")[0] for key in own}
+    prefixes = ["", *(name.removesuffix(first) for name in found if name.endswith(first))]
+    prefix = max(prefixes, key=lambda prefix: len(fitting(prefix)))
+    fit, theirs = fitting(prefix), [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+    missing = [key for key in own if key not in fit and matters(key)]
+    beyond = [key for key in theirs if key not in own and key.partition(".")[0] in parts and matters(key)]
+    if missing or beyond:  # such as the further blocks of a deeper network
+        raise ModelError(
+            f"of its {len(found)} tensors {len(fit)} fit the network's {len(own)}, and not, for one, {prefix}"
+            f"{[*missing, *beyond][0]}"
+        )
+    net.load_state_dict(fit, strict=False)
     return net
+
+
+def _named_tensors(tree, name=""):
+    """(dotted name, tensor) of all in dicts within dicts."""
+    if torch.is_tensor(tree):
+        yield name, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _named_tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def _cached(weights, offline):
@@ -1294,10 +1326,11 @@ def _loader(pretrained):
                 raise ModelError(f"--pretrained {pretrained}: no such file or folder (or say auto, require or no)")
             try:
                 return local(pretrained), (True, None)
-            except (OSError, RuntimeError, ValueError) as error:
-                raise ModelError(
-                    f"--pretrained {pretrained} does not hold this network's weights: {one_line(error)}"
-                ) from error
+            except ModuleNotFoundError:
+                raise
+            except Exception as error:  # whatever a foreign file or folder leads to
+                said = one_line(error).removeprefix(f"--pretrained {pretrained}: ")
+                raise ModelError(f"--pretrained {pretrained} does not hold this network's weights: {said}") from error
         try:
             with contextlib.suppress(OSError):
                 return hub(True), (True, None)  # cached: no network needed

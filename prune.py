@@ -39,6 +39,7 @@ import datasets
 import evaluate
 import models
 import train
+from datasets import not_negative, positive_float, positive_int
 from models import ModelError
 
 # ---- single weights -------------------------------------------------------------------------------------------------
@@ -1045,7 +1046,7 @@ FLOAT_ONLY = {"quantize": "is quantized: prune the float checkpoint that it was 
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=evaluate.HelpFormatter)
+    parser = datasets.Parser(__doc__)
     group = parser.add_argument_group("pruning")
     add, yes_no = group.add_argument, argparse.BooleanOptionalAction
     share = datasets.share_below_1
@@ -1053,28 +1054,40 @@ def make_parser():
     add("--amount", type=share, default=0.3, help="share to take: of the weights, or of what --target says")
     add("--scope", choices=("all", "backbone", "head"), default="all", help="part that is pruned, and that counts")
     add("--sweep", type=share, nargs="+", metavar="AMOUNT", help="a run for each of these, and a figure of the curve")
-    add("--calib-images", type=datasets.positive_int, default=64, metavar="N", help="of the training split")
+    add("--calib-images", type=positive_int, default=64, metavar="N", help="of the training split")
     add("--renorm", action=yes_no, help="new BatchNorm statistics; left out: where training images gain by them")
-    add("--kl", type=float, default=0.0, metavar="WEIGHT", help="in training, of the divergence from the whole network")
-    add("--temperature", type=datasets.positive_float, default=1.0, help="of that divergence")
+    add("--kl", type=not_negative, default=0.0, metavar="WEIGHT", help="in training: divergence from the whole network")
+    add("--temperature", type=positive_float, default=1.0, help="of that divergence")
     add("--score", choices=SCORES, default="magnitude", help="weights: what is compared; layer: each loses as much")
     add("--pattern", choices=("2:4",), help="weights: two of each four consecutive inputs go, whatever --amount")
     add("--sparsity-schedule", choices=("oneshot", "cubic"), default="oneshot", help="weights: at once, or growing")
-    add("--interval", type=datasets.positive_int, default=20, metavar="STEPS", help="weights: of cubic, between masks")
+    add("--interval", type=positive_int, default=20, metavar="STEPS", help="weights: of cubic, between masks")
     add("--structured", action="store_true", help="remove channels, attention heads and hidden units")
     add("--target", choices=TARGETS, default="macs", help="channels: what --amount is a share of")
     add("--importance", choices=IMPORTANCE, default="residual", help="channels: what they are worth")
     add("--rank", choices=("global", "group"), default="global", help="channels: among all, or among their like")
-    add("--round-to", type=datasets.positive_int, default=8, metavar="N", help="channels: a width is a multiple of it")
-    add("--min-channels", type=datasets.positive_int, default=8, metavar="N", help="channels: a group keeps as many")
+    add("--round-to", type=positive_int, default=8, metavar="N", help="channels: a width is a multiple of it")
+    add("--min-channels", type=positive_int, default=8, metavar="N", help="channels: a group keeps as many")
     add("--compensate", action=yes_no, default=True, help="channels: refit the layers that read what goes")
-    add("--ridge", type=datasets.positive_float, default=0.01, help="channels: of the refit, of the mean variance")
-    add("--steps", type=datasets.positive_int, default=1, metavar="N", help="channels: prune and train in N turns")
+    add("--ridge", type=positive_float, default=0.01, help="channels: of the refit, of the mean variance")
+    add("--steps", type=positive_int, default=1, metavar="N", help="channels: prune and train in N turns")
     parser.add_argument("--out", help="folder to write to; left out: checkpoints/prune")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     datasets.add_data_args(parser)
-    train.add_train_args(parser)
+    train.add_train_args(parser, fewest_epochs=0)
     parser.set_defaults(**PRUNE_DEFAULTS)
+    single = "--score --pattern --sparsity-schedule --interval"
+    channels = "--target --importance --rank --round-to --min-channels --compensate --ridge --steps"
+    trained = f"--kl {parser.flags('training', without=('--epochs',))}"
+    for flags, where, test in (
+        (single, "single weights, not of --structured", lambda args: not args.structured),
+        (channels, "--structured", lambda args: args.structured),
+        ("--interval", "--sparsity-schedule cubic", lambda args: args.sparsity_schedule == "cubic"),
+        ("--temperature", "--kl", lambda args: args.kl),
+        ("--amount", "runs without --pattern and --sweep", lambda args: not (args.pattern or args.sweep)),
+        (trained, "training, not of --epochs 0", lambda args: args.epochs),
+    ):
+        parser.only(flags, where, test)
     return parser
 
 
@@ -1084,10 +1097,6 @@ def main(argv=None):
     command = evaluate.command_line("prune.py", argv)
     shared = dict(script="prune.py", name="prune", inherits=("data", "loss"), fixed=FIXED_FLAGS)
     args, last = train.parse(make_parser(), argv, **shared)
-    if args.structured and (args.pattern or args.sparsity_schedule == "cubic" or args.score != "magnitude"):
-        raise ModelError("--pattern, --sparsity-schedule and --score are of single weights: leave out --structured")
-    if args.steps > 1 and not args.structured:
-        raise ModelError("--steps is of --structured; single weights have --sparsity-schedule cubic")
     if args.sparsity_schedule == "cubic" and (args.pattern or not args.epochs):
         raise ModelError("--sparsity-schedule cubic chooses masks while it trains: leave out --pattern, and --epochs 0")
     device = train.start(args)

@@ -45,6 +45,7 @@ import evaluate
 import int8
 import models
 import train
+from datasets import count, not_negative, positive_int
 from int8 import Point, choose_qparams, fake_quantize, group_rows, kernels, quant_layers, read, set_mode, simulated
 from int8 import dequantize as dequantize
 from int8 import quantize as quantize
@@ -713,31 +714,36 @@ FLOAT_ONLY = {"quantize": "is quantized already: give the float checkpoint that 
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=evaluate.HelpFormatter)
+    parser = datasets.Parser(__doc__)
     group = parser.add_argument_group("quantization")
     add, yes_no = group.add_argument, argparse.BooleanOptionalAction
     add("--weights", default="checkpoints/train/best.pt", help="float checkpoint to quantize")
     add("--method", choices=METHODS, default="ptq", help="what is quantized, and where ranges come from")
     add("--observer", choices=OBSERVERS, default="mse", help="how a range is found from calibration images")
-    add("--calib-images", type=datasets.positive_int, default=32, metavar="N", help="of the training split")
+    add("--calib-images", type=positive_int, default=32, metavar="N", help="of the training split")
     add("--smooth", action=yes_no, default=True, help="SmoothQuant, where a LayerNorm feeds Linear layers")
     add("--correct-bias", action=yes_no, default=True, help="make up for what quantization does to means")
     add("--equalize", choices=("off", "relu", "relu6"), default="off",
         help="balance the weights of convolutions in a row; relu6: each ReLU6 becomes a ReLU for that")  # fmt: skip
-    add("--adaround", type=int, default=0, metavar="STEPS", help="ptq, weight-only: learn to round, in STEPS a layer")
+    add("--adaround", type=count, default=0, metavar="STEPS", help="ptq, weight-only: learn to round, in STEPS a layer")
     add("--bits", type=int, choices=(8, 4), default=8, help="weight-only: of a weight")
-    add("--group-size", type=int, default=0, metavar="N", help="weight-only: inputs that share a scale; 0: an output's")
+    add("--group-size", type=count, default=0, metavar="N", help="weight-only: inputs with one scale; 0: an output's")
     add("--skip", nargs="+", default=[], metavar="LAYER", help="layers to leave in float")
     add("--sensitivity", action="store_true", help="rank the layers by the error each brings alone (figure, CSV)")
-    add("--max-drop", type=float, metavar="POINTS", help="leave as many layers in float as this mIoU drop takes")
+    add("--max-drop", type=not_negative, metavar="POINTS", help="leave as many layers in float as this mIoU drop takes")
     add("--attention", choices=("bf16", "float32"), default="bf16", help="what attention is computed in")
     add("--steps", choices=("learned", "frozen"), default="learned", help="qat: scales are trained (LSQ), or observed")
-    add("--kl", type=float, default=1.0, metavar="WEIGHT", help="qat: of the divergence from the float network")
+    add("--kl", type=not_negative, default=1.0, metavar="WEIGHT", help="qat: of the divergence from the float network")
     add("--out", help="folder to write to; left out: checkpoints/quantize-METHOD")
     add("--resume", action="store_true", help="qat: go on from OUT/last.pt, with its flags")
     datasets.add_data_args(parser)
     train.add_train_args(parser, without=("--compile", "--frozen-norm-epochs"))  # lazy tensors; norms are folded
     parser.set_defaults(**QAT_DEFAULTS, compile=False, frozen_norm_epochs=0)
+    drawn = "--augment --scale --cat-max-ratio --flip --photometric --class-weights --class-weights-power"
+    trained = f"--kl --steps --tensorboard --amp {drawn} {parser.flags('loss', 'training')}"
+    parser.only(trained, "--method qat", lambda args: args.method == "qat")
+    calibrated = "--observer --smooth --correct-bias --equalize --sensitivity --max-drop"
+    parser.only(calibrated, "--method ptq and qat", lambda args: args.method in ("ptq", "qat"))
     return parser
 
 
@@ -751,8 +757,8 @@ def parse_args(argv):
     args, last = train.parse(make_parser(), argv, **shared)
     if args.method != "weight-only" and (args.bits != 8 or args.group_size):
         raise ModelError("--bits 4 and --group-size are of --method weight-only: the int8 kernels take neither")
-    if args.adaround < 0 or (args.adaround and args.method not in ("ptq", "weight-only")):
-        raise ModelError("--adaround takes a number of steps, and is of --method ptq and weight-only: "
+    if args.adaround and args.method not in ("ptq", "weight-only"):
+        raise ModelError("--adaround is of --method ptq and weight-only: "
                          "dynamic has no calibration, and qat moves the weights on")  # fmt: skip
     return args, last
 

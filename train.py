@@ -40,6 +40,7 @@ import datasets
 import evaluate
 import losses
 import models
+from datasets import count, not_negative, positive_int, probability, seed_number, share_below_1, thread_count, whole
 from models import ModelError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -562,7 +563,7 @@ def add_model_args(parser):
     add("--head", choices=models.HEADS, help="decoder; left out: fpn")
     add("--taps", type=int, default=default["taps"], choices=(1, 4), help="feature maps taken from the backbone")
     add("--norm", default=default["norm"], choices=("batch", "group", "none"), help="normalisation in the head")
-    add("--dropout", type=float, default=default["dropout"], help="share of channels dropped before the classifier")
+    add("--dropout", type=share_below_1, default=default["dropout"], help="share of channels, before the classifier")
     add(
         "--fuse",
         action=yes_no,
@@ -577,14 +578,14 @@ def add_model_args(parser):
     )
     add("--output-stride", type=int, choices=(8, 16, 32), help="of a convolutional backbone; left out: the head's")
     add("--aux", action=yes_no, default=default["aux"], help="auxiliary FCN head while training")
-    add("--width", type=int, metavar="N", help="of unet: channels of the first stage; left out: 64")
-    add("--layers", "--student-layers", type=int, metavar="N", help="of a DINOv2 backbone; left out: all")
+    add("--width", type=whole(1, 4096), metavar="N", help="of unet: channels of the first stage; left out: 64")
+    add("--layers", "--student-layers", type=positive_int, metavar="N", help="of a DINOv2 backbone; left out: all")
     add("--pretrained", default="auto", metavar="auto|require|PATH", help="hub weights if to be had, or a local copy")
     add("--no-pretrained", dest="pretrained", action="store_const", const="no", help="train from scratch")
     add("--freeze-backbone", action=yes_no, help="left out: frozen if pretrained, trained from scratch otherwise")
 
 
-def add_train_args(parser, *, without=()):
+def add_train_args(parser, *, without=(), fewest_epochs=1):
     """Flags of the loss, the optimizer, the loop and the machine, but those `without`, which a script does not read."""
 
     def group(title):
@@ -593,52 +594,65 @@ def add_train_args(parser, *, without=()):
 
     add, yes_no = group("loss"), argparse.BooleanOptionalAction
     add("--loss", choices=losses.LOSSES, help=f"left out: {DEFAULT_LOSS}, or the network's own")
-    add("--aux-weight", type=float, default=0.4, help="weight of the losses of auxiliary outputs")
-    add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
-    add("--ohem-thresh", type=float, default=0.5, help="OHEM: pixels below this probability count as hard")
-    add("--ohem-kept", type=int, default=10_000, help="OHEM: pixels of a batch kept at least")
-    add("--focal-gamma", type=float, default=2.0, help="focal loss: how fast easy pixels fade; 0: cross-entropy")
-    add("--tversky-alpha", type=float, default=0.3, help="Tversky loss: weight of false positives")
-    add("--tversky-beta", type=float, default=0.7, help="Tversky loss: weight of false negatives")
-    add("--boundary-weight", type=float, default=0.0, metavar="W", help="label boundaries weigh 1 + W in cross-entropy")
-    add("--boundary-width", type=int, default=3, metavar="PIXELS", help="of that band, on each side of a boundary")
+    add("--aux-weight", type=not_negative, default=0.4, help="weight of the losses of auxiliary outputs")
+    add("--label-smoothing", type=share_below_1, default=0.0, help="share of the target spread over all classes")
+    add("--ohem-thresh", type=probability, default=0.5, help="OHEM: pixels below this probability count as hard")
+    add("--ohem-kept", type=count, default=10_000, help="OHEM: pixels of a batch kept at least")
+    add("--focal-gamma", type=not_negative, default=2.0, help="focal loss: how fast easy pixels fade; 0: cross-entropy")
+    add("--tversky-alpha", type=not_negative, default=0.3, help="Tversky loss: weight of false positives")
+    add("--tversky-beta", type=not_negative, default=0.7, help="Tversky loss: weight of false negatives")
+    add(
+        "--boundary-weight", type=not_negative, default=0.0, metavar="W", help="boundaries weigh 1 + W in cross-entropy"
+    )
+    add("--boundary-width", type=whole(1, 1000), default=3, metavar="PIXELS", help="of that band, on each side of one")
     add = group("training")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer")
-    add("--lr", type=float, default=7e-4, help="learning rate of all but the backbone")
-    add("--backbone-lr", type=float, help="learning rate of the backbone; left out: that of the rest")
-    add("--weight-decay", type=float, default=0.05, help="not applied to biases, norms and embeddings")
-    add("--momentum", type=float, default=0.9, help="SGD only")
+    add("--lr", type=not_negative, default=7e-4, help="learning rate of all but the backbone")
+    add("--backbone-lr", type=not_negative, help="learning rate of the backbone; left out: that of the rest")
+    add("--weight-decay", type=not_negative, default=0.05, help="not applied to biases, norms and embeddings")
+    add("--momentum", type=share_below_1, default=0.9, help="SGD only")
     add("--schedule", default="poly", choices=SCHEDULES, help="learning rate over the steps")
-    add("--warmup", type=int, default=50, metavar="STEPS", help="linear rise of the learning rate")
-    add("--power", type=float, default=0.9, help="of poly and restarts")
-    add("--cycles", type=int, default=3, help="restarts: number of polys")
-    add("--patience", type=int, default=3, help="plateau: evaluations without a better mIoU")
-    add("--epochs", type=int, default=6, help="passes over the training split")
-    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step; the batch size stays the same")
-    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
-    add("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights, e.g. 0.999; 0: do not")
-    add("--frozen-norm-epochs", type=int, default=0, metavar="N", help="last epochs: BatchNorm's statistics stay")
-    add("--eval-every", type=int, default=1, metavar="EPOCHS", help="evaluate, and keep the best by mIoU")
-    add("--save-every", type=int, default=1, metavar="EPOCHS", help="write last.pt")
+    add("--warmup", type=count, default=50, metavar="STEPS", help="linear rise of the learning rate")
+    add("--power", type=not_negative, default=0.9, help="of poly and restarts")
+    add("--cycles", type=positive_int, default=3, help="restarts: number of polys")
+    add("--patience", type=positive_int, default=3, help="plateau: evaluations without a better mIoU")
+    add("--epochs", type=whole(fewest_epochs), default=6, help="passes over the training split")
+    add("--accumulate", type=positive_int, default=1, metavar="N", help="micro-batches a step, of one batch together")
+    add("--clip", type=not_negative, default=1.0, help="largest gradient norm; 0: no limit")
+    add("--ema", type=share_below_1, default=0.0, metavar="DECAY", help="average the weights, e.g. 0.999; 0: do not")
+    add("--frozen-norm-epochs", type=count, default=0, metavar="N", help="last epochs: BatchNorm's statistics stay")
+    add("--eval-every", type=positive_int, default=1, metavar="EPOCHS", help="evaluate, and keep the best by mIoU")
+    add("--save-every", type=positive_int, default=1, metavar="EPOCHS", help="write last.pt")
     add = group("machine")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: the fastest")
     add("--compile", action=yes_no, default=False, help="torch.compile the step")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=seed_number, default=0, help="of everything random")
     add("--deterministic", action=yes_no, default=False, help="refuse operations that do not repeat bit for bit")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
-    add("--threads", type=int, help="CPU threads; left out: PyTorch's choice")
+    add("--threads", type=thread_count, help="CPU threads; left out: PyTorch's choice")
     add("--tensorboard", action="store_true", help="also write TensorBoard events")
     add("--dry-run", action="store_true", help="two steps and two images of everything, to see that it works")
+    for flags, where, test in (
+        ("--ohem-thresh --ohem-kept", "--loss ohem", lambda args: args.loss == "ohem"),
+        ("--focal-gamma", "--loss focal", lambda args: args.loss == "focal"),
+        ("--tversky-alpha --tversky-beta", "--loss tversky", lambda args: args.loss == "tversky"),
+        ("--boundary-width", "--boundary-weight", lambda args: args.boundary_weight or getattr(args, "boundary_kl", 0)),
+        ("--momentum", "--optimizer sgd", lambda args: args.optimizer == "sgd"),
+        ("--power", "--schedule poly and restarts", lambda args: args.schedule in ("poly", "restarts")),
+        ("--cycles", "--schedule restarts", lambda args: args.schedule == "restarts"),
+        ("--patience", "--schedule plateau", lambda args: args.schedule == "plateau"),
+    ):
+        parser.only(flags, where, test)
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=evaluate.HelpFormatter)
+    parser = datasets.Parser(__doc__)
     datasets.add_data_args(parser)
     add_model_args(parser)
     add_train_args(parser)
     parser.add_argument("--out", help="folder to write to; left out: checkpoints/train")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
-    parser.add_argument("--time-steps", type=int, metavar="N", help="only time N steps, a plain loop, the loader")
+    parser.add_argument("--time-steps", type=positive_int, metavar="N", help="only time N steps, a plain loop, loading")
     return parser
 
 
@@ -660,11 +674,7 @@ def parse(parser, argv, *, script, name, inherits=(), fixed=()):
     --resume cannot change; it takes up every other one that is given. args.out becomes the folder to write to: --out,
     or that of `name`, a text or a function of what the command line gives. Raises ModelError.
     """
-    silent = copy.deepcopy(parser)  # argparse does not tell what was given from what is a default
-    silent._defaults = {}
-    for action in silent._actions:
-        action.default = argparse.SUPPRESS
-    args, given = parser.parse_args(argv), vars(silent.parse_args(argv))
+    args, given = parser.parse_args(argv), parser.given(argv)
     name = name if isinstance(name, str) else name(given)
     source = evaluate.out_folder(args.out, name, dry_run=False)
     known, last = {}, None
@@ -682,6 +692,7 @@ def parse(parser, argv, *, script, name, inherits=(), fixed=()):
     own = ("out", "resume", "dry_run")
     parser.set_defaults(**{k: v for k, v in known.items() if k in vars(args) and k not in own})
     args = parser.parse_args(argv)
+    parser.refuse_idle(args, given)
     out = evaluate.out_folder(args.out, name, dry_run=args.dry_run)
     if last and out != source:  # of a dry run, which leaves the run alone
         out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """ONNX files: PyTorch's numbers at sizes and batches that the exporter has not seen, and what a failure leaves."""
 
 import collections
+import contextlib
 import itertools
 import json
 import re
@@ -381,6 +382,28 @@ def test_numbers_that_are_too_far_off_raise_with_the_numbers():
         export_onnx.compare(ids, logits, "a")
     with pytest.raises(CheckError, match=r"\(1, 3, 10, 9\)"):
         export_onnx.compare(logits[..., 1:], logits, "a")
+
+
+def test_pixels_are_judged_together_and_those_of_one_size_more_mildly(tmp_path, monkeypatch):
+    model, images = make(backbone="conv-tiny", head="unet"), [pixels(4, 3, 80, 96), pixels(3, 3, 20, 24)]
+    export(model, tmp_path / "net.onnx", output="mask")
+    for large, small, said in (
+        (0, 0.004, None),
+        (0, 0.02, r"3 x 20 x 24: 97\.986% of the pixels have the same class, 99\.0% must"),
+        (0.004, 0, r"all sizes together: 99\.618% of the pixels have the same class, 99\.9% must"),
+    ):
+
+        def class_ids(logits, shares=(large, small)):
+            """Those of PyTorch, but for a share of the pixels of the large or the small images."""
+            ids = logits.argmax(1).to(torch.uint8)
+            some = ids.view(-1)[: round(shares[len(ids) == 3] * ids.numel())]
+            some.copy_((some + 1) % K)
+            return ids
+
+        monkeypatch.setattr(export_onnx, "class_ids", class_ids)
+        with pytest.raises(CheckError, match=said) if said else contextlib.nullcontext():
+            found = check(tmp_path / "net.onnx", model, images, info=INFO, repeats=1)
+            assert found["agreement"] == pytest.approx(1 - 6 / 32160)
 
 
 def test_a_file_that_is_no_onnx_fails_its_check(tmp_path):

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -712,11 +714,50 @@ def test_torchvision_weights_load_from_a_local_file(tmp_path):
     assert model.pretrained
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {k: v for k, v in state.items() if not k.startswith("fc.")},
+        lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
+        lambda state: state | {"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)},
+        lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"state": {0: {"step": torch.zeros(())}}}},
+        lambda state: {"model": {f"module.{k}": v for k, v in state.items()}},
+        lambda state: {"teacher": {f"module.backbone.{k}": v.half() for k, v in state.items()}, "args": {"lr": 0.1}},
+        lambda state: {f"encoder.{k}": v for k, v in state.items()} | {"projector.0.weight": torch.zeros(3, 3)},
+        lambda state: (
+            {f"encoder_q.{k}": v for k, v in state.items()}
+            | {f"encoder_k.{k}": torch.zeros_like(v) for k, v in state.items()}
+        ),
+    ],
+    ids=["no classifier", "old", "other classes", "nested", "of DDP", "teacher", "encoder", "two encoders"],
+)
+def test_torchvision_weights_load_however_they_are_wrapped(wrap, tmp_path):
+    net = torchvision.models.resnet18()
+    torch.save(wrap(net.state_dict()), tmp_path / "r18.pth")
+    model = build("resnet18", "linear", pretrained=str(tmp_path / "r18.pth"))
+    body, stages = net.state_dict(), model.backbone.stages.state_dict()
+    expected = [v for k, v in body.items() if not k.startswith("fc.")]
+    assert len(stages) == len(expected)
+    for ours, theirs in zip(stages.values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)  # half precision is one of the cases
+
+
 def test_wrong_local_weights_are_refused(tmp_path):
     save_dinov2(tmp_path / "wide", hidden_size=64)
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "r34.pth")
     (tmp_path / "text.pth").write_text("not weights")
+    state = torchvision.models.resnet18().state_dict()
+    torch.save({k: v for k, v in state.items() if not k.startswith("layer4")}, tmp_path / "part.pth")
+    torch.save([torch.zeros(3), "text"], tmp_path / "list.pth")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     save_dinov2(tmp_path / "dino")
+    for name, config in (("torn", '{"model_type": "dinov2", "hid'), ("listed", "[3]"), ("empty", None), ("odd", None)):
+        shutil.copytree(tmp_path / "dino", tmp_path / name)
+        (tmp_path / name / "config.json").unlink()
+        if config:
+            (tmp_path / name / "config.json").write_text(config)
+    typed = json.loads((tmp_path / "dino" / "config.json").read_text()) | {"hidden_size": "wide"}
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(typed))
     save_segformer(tmp_path / "deep", depths=[1, 1, 2, 1])
     save_segformer(tmp_path / "encoder", cls="SegformerModel")
     for options, words in (
@@ -725,6 +766,17 @@ def test_wrong_local_weights_are_refused(tmp_path):
         ({"pretrained": str(tmp_path)}, "does not hold"),
         ({"backbone": "resnet18", "pretrained": str(tmp_path / "r34.pth")}, "does not hold"),
         ({"backbone": "resnet18", "pretrained": str(tmp_path / "text.pth")}, "text.pth"),
+        (
+            {"backbone": "resnet18", "pretrained": str(tmp_path / "list.pth")},
+            "its 0 tensors 0 fit the network's 122",
+        ),
+        ({"backbone": "resnet18", "pretrained": str(tmp_path / "tensor.pth")}, "of its 1 tensors 0 fit"),
+        (
+            {"backbone": "resnet18", "pretrained": str(tmp_path / "part.pth")},
+            "92 tensors 92 .*layer4.0.conv1",
+        ),
+        ({"backbone": "resnet18", "pretrained": str(tmp_path / "dino")}, "does not hold"),
+        *(({"pretrained": str(tmp_path / name)}, "not hold") for name in ("torn", "odd", "listed", "empty", "r34.pth")),
         ({"backbone": "swin-mini", "pretrained": str(tmp_path / "r34.pth")}, "does not hold"),
         ({"backbone": "mit-tiny", "pretrained": str(tmp_path / "deep")}, "depths"),
         ({"backbone": "mit-tiny", "pretrained": str(tmp_path / "dino")}, "is of a dinov2"),

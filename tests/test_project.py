@@ -4,7 +4,9 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -288,6 +290,7 @@ def test_an_error_is_one_line_with_status_2(workplace):
 
 # ---- every script ----
 
+
 SIZE = "--size 56 70 --crop 56 56 --class-weights enet"
 SMALL = f"--backbone mit-tiny --head fcn {SIZE}"
 SCRIPTS = {  # runs of two steps that together show what a script reads
@@ -359,7 +362,7 @@ def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, 
 # ---- which step may follow which ----
 
 STEPS = {  # what writes a checkpoint, tiny, two steps of it
-    "train": "train.py --model unet --width 4 --size 32 64 --crop 32 64",
+    "train": "train.py --model unet --width 4 --size 32 64 --crop 32 64 --lr 0.05 --warmup 0",
     "distill": "distill.py --mode response --no-control",
     "distilled back": "distill.py --mode cwd --no-control --weights {train} --student",
     "prune weights": "prune.py --amount 0.5",
@@ -439,3 +442,74 @@ def test_the_whole_way_leaves_a_small_network_that_knows_its_ancestors(steps):
     assert torch.isfinite(model(torch.zeros(1, 3, 32, 64))).all()
     for end in ENDS:
         run_here(f"python {ENDS[end]} --weights {path} --dry-run --out {steps / 'end' / end}")
+
+
+# ---- flags ----
+
+
+def parsers():
+    """{script: its parser}."""
+    found = {"train": train.get_parser(), "datasets": datasets.make_parser()}
+    return found | {name: importlib.import_module(name).make_parser() for name in SCRIPTS if name != "train"}
+
+
+def values_of(action):
+    """An action's values that are none of a list: the number of texts that each takes, 0 for a switch."""
+    return 0 if action.nargs == 0 or action.choices else action.nargs if isinstance(action.nargs, int) else 1
+
+
+def test_every_number_among_the_flags_has_a_range():
+    for script, parser in parsers().items():
+        for action in parser._actions:
+            if values_of(action) and (action.type is not None or type(action.default) in (int, float)):
+                flag = f"{script}.py {action.option_strings[-1]}"
+                assert action.type not in (int, float, None), f"{flag} takes any number"
+                if action.type is not Path:
+                    for wrong in ("nan", "inf", "-1", "1e999", "", "\N{SUPERSCRIPT TWO}"):
+                        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(repr(wrong))):
+                            action.type(wrong)
+
+
+@pytest.mark.parametrize("script", ["datasets", *SCRIPTS])
+def test_a_value_of_a_flag_is_taken_or_refused_in_one_line(script, capsys):
+    parser, values = parsers()[script], ("-1", "0", "nan", "inf", "1e20", "1e-9", "9" * 5000, "", " ", "x\0y")
+    actions = [action for action in parser._actions if values_of(action)]
+    for action, value in itertools.product(actions, values):
+        flag = action.option_strings[-1]
+        texts = [f"{flag}={value}"] if action.nargs is None else [flag, *[value] * values_of(action)]
+        try:
+            parsed = getattr(parser.parse_args(texts), action.dest)
+        except SystemExit as ended:
+            (line,) = capsys.readouterr().err.splitlines()
+            said = f"error: argument {'/'.join(action.option_strings)}: "
+            assert (ended.code, line[: len(said)]) == (2, said)  # noqa: PT017
+        else:
+            assert value not in ("", " ", "x\0y"), flag
+            numbers = parsed if isinstance(parsed, (list, tuple)) else [parsed]
+            assert all(math.isfinite(x) for x in numbers if isinstance(x, (int, float)))
+    assert len(actions) >= 5
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("quantize.py --method ptq --kl 1", "--kl is of --method qat"),
+        ("quantize.py --method dynamic --observer mse", "--observer is of --method ptq and qat"),
+        ("quantize.py --epochs 3", "--epochs is of --method qat"),
+        ("train.py --loss ce --focal-gamma 1", "--focal-gamma is of --loss focal"),
+        ("train.py --momentum 0.5", "--momentum is of --optimizer sgd"),
+        ("train.py --schedule cosine --power 2", "--power is of --schedule poly and restarts"),
+        ("train.py --no-augment --flip 1", "--flip is of --augment"),
+        ("prune.py --epochs 0 --lr 1", "--lr is of training, not of --epochs 0"),
+        ("prune.py --structured --score layer", "--score is of single weights, not of --structured"),
+        ("prune.py --temperature 2", "--temperature is of --kl"),
+        ("distill.py --mode cwd --temperature 3", "--temperature is of --mode response"),
+        ("lora.py --method head --rank 4", "--rank is of methods with LoRA"),
+        ("evaluate.py --images a.jpg --split test", "--split is of scoring, not of --images"),
+        ("benchmark.py --figures-from a.json --runs 3", "--runs is of measuring, not of --figures-from"),
+    ],
+)
+def test_a_flag_that_nothing_would_read_is_refused(command, said, small_workplace, monkeypatch):
+    monkeypatch.chdir(small_workplace)
+    with pytest.raises(models.ModelError, match=f"^{re.escape(said)}: leave it out$"):
+        run_here(f"python {command}")
