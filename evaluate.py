@@ -3,6 +3,7 @@
     python evaluate.py                                          # checkpoints/train/best.pt on its own validation split
     python evaluate.py --tta                                    # scales 0.75, 1, 1.25, each also flipped
     python evaluate.py --slide 256 256 --slide-stride 170 170   # sliding window, memory constant in the image's height
+    python evaluate.py --gallery                                # and gallery.html: every image, the worst first
     python evaluate.py --images photo.jpg --out predictions     # photo_ids.png and photo_overlay.png
     python evaluate.py --crf 5                                  # five mean-field steps of a dense CRF on the prediction
     python evaluate.py --adapter checkpoints/lora/adapter.pt    # --weights with what lora.py trained, each on its data
@@ -24,6 +25,7 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import base64
 import contextlib
 import copy
 import functools
@@ -664,6 +666,14 @@ def class_bars(values, classes, palette):
     return figure, axes, dict(va="center", fontsize=8, bbox=dict(facecolor="white", edgecolor="none", pad=0.6))
 
 
+ERROR_COLOURS = ((170, 170, 170), (214, 39, 40))  # correct grey, wrong red; ignored black, as no class has that id
+
+
+def errors(label, ids, ignore_index):
+    """0 where the prediction is right, 1 where it is wrong, 2 where the label is ignored; all (H, W)."""
+    return torch.where(label.long() != ignore_index, (label.long() != ids.long()).long(), 2)
+
+
 def plot_examples(rows, info, path):
     """Grid image | label | prediction | error; rows of (uint8 image (3, H, W), label (H, W), prediction (H, W))."""
     from matplotlib.figure import Figure
@@ -676,13 +686,10 @@ def plot_examples(rows, info, path):
     tall = (3.0 * height / width + 0.2) * len(rows)
     figure = Figure(figsize=(12.2, tall + 0.5 + 0.24 * legend_rows), layout="constrained")
     axes = figure.subplots(len(rows), 4, squeeze=False)
-    errors = ((170, 170, 170), (214, 39, 40))  # correct grey, wrong red; ignored black, as no class has that id
     for line, (image, label, ids) in zip(axes, rows, strict=True):
-        label, ids = label.long(), ids.long()
-        valid = label != info.ignore_index
-        wrong = torch.where(valid, (label != ids).long(), 2)
-        accuracy = 100 * int((label == ids)[valid].sum()) / max(1, int(valid.sum()))
-        pictures = (image, colorize(label, info.palette), colorize(ids, info.palette), colorize(wrong, errors))
+        wrong = errors(label, ids, info.ignore_index)
+        accuracy = 100 * int((wrong == 0).sum()) / max(1, int((wrong < 2).sum()))
+        pictures = (image, colorize(label, info.palette), colorize(ids, info.palette), colorize(wrong, ERROR_COLOURS))
         for cell, picture in zip(line, pictures, strict=True):
             cell.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
             cell.set(xticks=[], yticks=[])
@@ -690,10 +697,173 @@ def plot_examples(rows, info, path):
     for cell, title in zip(axes[0], ("image", "label", "prediction", "error"), strict=True):
         cell.set_title(title)
     named = [(info.classes[c], info.palette[c]) for c in present]
-    named += [("correct", errors[0]), ("wrong", errors[1]), ("ignored", (0, 0, 0))]
+    named += [*zip(("correct", "wrong"), ERROR_COLOURS, strict=True), ("ignored", (0, 0, 0))]
     patches = [Patch(facecolor=[c / 255 for c in rgb], edgecolor="0.3", label=name) for name, rgb in named]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(8, len(patches)), fontsize=8, frameon=False)
     save_figure(figure, path)
+
+
+# ---- gallery ---------------------------------------------------------------------------------------------------------
+
+PAGE_BYTES, PAGE_IMAGES = 28_000_000, 500  # a page that a browser opens at once, and a mail takes
+PICTURES = ("photo", "label", "prediction", "error")
+
+
+class Gallery:
+    """A page of a split's images, the worst mIoU first, that needs no other file: add() each, then write(path).
+
+    Pictures are shrunk until PAGE_IMAGES of them stay within PAGE_BYTES; of a larger split the worst are kept.
+    """
+
+    def __init__(self, info, length):
+        self.info, self.rows, self.seen = info, [], 0
+        self.budget = PAGE_BYTES // min(length, PAGE_IMAGES)  # bytes of an image
+
+    def add(self, name, image, label, ids):
+        """One image: uint8 (3, H, W), label and prediction (H, W)."""
+        matrix = ConfusionMatrix(len(self.info.classes), self.info.ignore_index)
+        matrix.update(label, ids)
+        metrics = matrix.metrics()
+        row = {key: None if math.isnan(metrics[key]) else round(metrics[key], 2) for key in ("miou", "aacc")}
+        row["iou"] = {c: round(iou, 1) for c, iou in enumerate(metrics["class_iou"]) if not math.isnan(iou)}
+        wrong = errors(label, ids, self.info.ignore_index)
+        self.rows.append({"name": name} | row | thumbnails(image, label, ids, wrong, self.info.palette, self.budget))
+        self.seen += 1
+        if len(self.rows) >= 2 * PAGE_IMAGES:
+            self.keep()
+
+    def keep(self):
+        self.rows.sort(key=lambda row: (row["miou"] is None, row["miou"]))
+        del self.rows[PAGE_IMAGES:]
+
+    def write(self, path, title):
+        self.keep()
+        classes = [{"name": name, "rgb": rgb} for name, rgb in zip(self.info.classes, self.info.palette, strict=True)]
+        page = {"title": title, "classes": classes, "seen": self.seen, "rows": self.rows}
+        with models.replacing(path) as temporary:
+            data = json.dumps(page).replace("<", "\\u003c")  # nothing in a name ends the script
+            temporary.write_text(GALLERY_PAGE.replace("PAGE_DATA", data), encoding="utf-8")
+
+
+def thumbnails(image, label, ids, wrong, palette, budget):
+    """{picture: data URI}, as large as `budget` characters allow: a JPEG and three PNGs of the same size."""
+    from PIL import Image
+
+    pictures = {"photo": Image.fromarray(image.permute(1, 2, 0).numpy())}
+    for name, numbers, colours in zip(
+        PICTURES[1:], (label, ids, wrong), (palette, palette, ERROR_COLOURS), strict=True
+    ):
+        known = torch.where(numbers < len(colours), numbers, 255).to(torch.uint8)  # what is no class is black
+        pictures[name] = Image.fromarray(known.numpy())
+        pictures[name].putpalette([channel for rgb in colours for channel in rgb] + [0] * (768 - 3 * len(colours)))
+    for side in (960, 720, 480, 360, 240, 160, 96):
+        scale = min(1, side / max(label.shape))
+        size = tuple(max(1, round(length * scale)) for length in reversed(label.shape))
+        files = {}
+        for name, picture in pictures.items():
+            how, kind = (Image.Resampling.LANCZOS, "jpeg") if name == "photo" else (Image.Resampling.NEAREST, "png")
+            picture.resize(size, how).save(stream := io.BytesIO(), kind, quality=75)
+            files[name] = f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+        if sum(map(len, files.values())) <= budget:
+            break
+    return files
+
+
+GALLERY_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Gallery</title>
+<style>
+:root { color-scheme: light dark; --line: #8884; --back: light-dark(#fff, #16181c); }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 0; background: var(--back); color: light-dark(#222, #ddd); }
+header { position: sticky; top: 0; z-index: 1; background: var(--back); border-bottom: 1px solid var(--line);
+  padding: .6rem 1rem; display: flex; flex-wrap: wrap; gap: .5rem 1.2rem; align-items: center; }
+h1 { font-size: 1rem; margin: 0; } header output { opacity: .7; }
+fieldset { border: 0; margin: 0; padding: 0; display: flex; gap: .7rem; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1rem; padding: 1rem; }
+article { border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+article.large { grid-column: 1 / -1; }
+.stack { position: relative; display: block; width: 100%; padding: 0; border: 0; background: #8882; cursor: zoom-in; }
+.large .stack { cursor: zoom-out; }
+.stack img { position: absolute; inset: 0; width: 100%; height: 100%; opacity: 0; }
+.stack img:first-child { position: static; display: block; height: auto; opacity: 1; }
+body[data-view=label] .label, body[data-view=prediction] .prediction, body[data-view=error] .error { opacity: 1; }
+body[data-view=overlay] .prediction { opacity: var(--alpha, .5); }
+body:not([data-view=photo], [data-view=overlay]) .stack img:not(.photo) { image-rendering: pixelated; }
+h2 { font-size: .9rem; margin: .5rem .7rem 0; overflow-wrap: anywhere; } h2 span { float: right; font-weight: normal; }
+ul { list-style: none; margin: .3rem .7rem .6rem; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem .8rem; }
+li::before { content: ""; display: inline-block; width: .75em; height: .75em; margin-right: .35em;
+  background: var(--colour); border: 1px solid var(--line); }
+li.chosen { font-weight: bold; }
+</style>
+<header><h1></h1>
+<fieldset id="views"></fieldset>
+<label>opacity <input id="alpha" type="range" min="0" max="1" step=".05" value=".5"></label>
+<label>class <select id="class"><option value="">all</option></select></label>
+<label>order <select id="order"><option value="worst">worst first<option value="best">best first
+<option value="name">name</select></label><output></output></header>
+<main></main>
+<script type="application/json" id="data">PAGE_DATA</script>
+<script>
+const page = JSON.parse(document.getElementById("data").textContent), $ = (query) => document.querySelector(query);
+const make = (tag, to, more = {}) => to.appendChild(Object.assign(document.createElement(tag), more));
+const views = ["photo", "label", "prediction", "overlay", "error"];
+document.title = $("h1").textContent = page.title;
+for (const [i, view] of views.entries()) {
+  const label = make("label", $("#views"), { title: `key ${i + 1}` });
+  make("input", label, { type: "radio", name: "view", value: view, onchange: () => show(view) });
+  label.append(" " + view);
+}
+function show(view) {
+  document.body.dataset.view = view;
+  $(`input[value=${view}]`).checked = true;
+}
+$("#alpha").oninput = (event) => {
+  document.body.style.setProperty("--alpha", event.target.value);
+  show("overlay");
+};
+onkeydown = (event) => views[event.key - 1] && event.target.tagName != "SELECT" && show(views[event.key - 1]);
+const percent = (value) => (value == null ? "-" : value.toFixed(1));
+const load = new IntersectionObserver((entries) => {  // pictures are decoded when they come near the window
+  for (const { target, isIntersecting } of entries) {
+    if (!isIntersecting) continue;
+    for (const img of target.querySelectorAll("img")) img.src = target.row[img.className];
+    load.unobserve(target);
+  }
+}, { rootMargin: "600px" });
+const cards = page.rows.map((row) => {
+  const card = make("article", document.createDocumentFragment(), { row });
+  const stack = make("button", card, { className: "stack", onclick: () => card.classList.toggle("large") });
+  stack.setAttribute("aria-label", "larger or smaller");
+  for (const kind of ["photo", "label", "prediction", "error"]) make("img", stack, { className: kind, alt: kind });
+  const title = make("h2", card, { textContent: row.name });
+  make("span", title, { textContent: `mIoU ${percent(row.miou)}, pixels ${percent(row.aacc)}%` });
+  const list = make("ul", card), known = Object.keys(row.iou).sort((a, b) => row.iou[a] - row.iou[b]);
+  for (const c of known) {
+    const item = make("li", list, { textContent: `${page.classes[c].name} ${percent(row.iou[c])}` });
+    item.style.setProperty("--colour", `rgb(${page.classes[c].rgb})`);
+    item.dataset.class = c;
+  }
+  return card;
+});
+for (const [c, { name }] of page.classes.entries())
+  if (page.rows.some((row) => c in row.iou)) make("option", $("#class"), { value: c, textContent: name });
+function arrange() {
+  const c = $("#class").value, order = $("#order").value, value = ({ row }) => (c ? row.iou[c] : row.miou) ?? 101;
+  const chosen = cards.filter(({ row }) => !c || c in row.iou);
+  chosen.sort((a, b) => (order == "name" ? a.row.name.localeCompare(b.row.name, undefined, { numeric: true })
+    : order == "best" ? value(b) - value(a) : value(a) - value(b)));
+  for (const card of chosen) for (const item of card.querySelectorAll("li"))
+    item.classList.toggle("chosen", item.dataset.class == c);
+  $("main").replaceChildren(...chosen);
+  chosen.forEach((card) => load.observe(card));
+  const some = page.seen > cards.length ? ` (the worst of ${page.seen})` : "";
+  $("output").textContent = `${chosen.length} of ${cards.length} images${some}${c ? ", by the class's IoU" : ""}`;
+}
+$("#class").onchange = $("#order").onchange = arrange;
+show("overlay");
+arrange();
+</script>
+"""
 
 
 # ---- what every script shares ---------------------------------------------------------------------------------------
@@ -1014,6 +1184,7 @@ def make_parser():
     datasets.add_option_args(add)
     add("--batch-size", type=positive_int, default=1, help="images a batch; does not change the numbers")
     add("--workers", type=datasets.count, default=0, help="processes that load images")
+    add("--gallery", action="store_true", help="gallery.html: every image with label, prediction and error")
     add("--images", metavar="FILE|DIR", help="predict these images instead of scoring a data set")
     add("--tta", action="store_true", help=f"test-time augmentation: scales {TTA_SCALES} and flip")
     add("--scales", type=datasets.positive_float, nargs="+", help="image scales to average over; left out: 1")
@@ -1092,9 +1263,12 @@ def open_scored(
     return dataset
 
 
-def score(model, dataset, *, device, out, batch_size=1, workers=0, boundary=True, crf=None, **predict_options):
+def score(
+    model, dataset, *, device, out, batch_size=1, workers=0, boundary=True, crf=None, gallery=None, **predict_options
+):
     """evaluate() on a whole data set in this process alone; confusion.png, class_iou.png, examples.png in `out`.
 
+    gallery: a Gallery that gets every image.
     crf: None, or the steps and seconds of refine_with_crf(); the metrics then have miou_without_crf too.
     """
     info, examples, seen = dataset.info, [], 0
@@ -1103,7 +1277,11 @@ def score(model, dataset, *, device, out, batch_size=1, workers=0, boundary=True
 
     def keep_examples(images, _target, prediction):
         nonlocal seen
-        examples.extend((*dataset.raw(seen + i), prediction[i]) for i in range(len(images)) if seen + i in wanted)
+        for i, ids in enumerate(prediction, seen):
+            if i in wanted:
+                examples.append((*dataset.raw(i), ids))
+            if gallery:
+                gallery.add("/".join(Path(dataset.file(i)).parts[-2:]), *dataset.raw(i), ids)
         seen += len(images)
 
     def refine(ids, log_p):
@@ -1181,7 +1359,13 @@ def run(args, model, checkpoint, command, device, out):
             split=args.split, length=length, options=datasets.option_values(args),
         )  # fmt: skip
         loading = {"batch_size": args.batch_size, "workers": args.workers}
-        metrics = score(model, dataset, device=device, out=out, boundary=args.boundary, **loading, **options)
+        gallery = Gallery(dataset.info, len(dataset)) if args.gallery else None
+        metrics = score(
+            model, dataset, device=device, out=out, boundary=args.boundary, gallery=gallery, **loading, **options
+        )
+        if gallery:
+            name = f"{models.model_name(checkpoint['build'])} on {dataset.info.name}, {args.split}"
+            gallery.write(out / "gallery.html", f"{name}: {metrics['miou']:.2f} mIoU")
         print_classes(metrics, dataset.info.classes)
         extra["dataset"] = dataset.info.name
     if crf:
@@ -1197,6 +1381,8 @@ def run(args, model, checkpoint, command, device, out):
         print()
         print_table([{key: done[key] for key in shown}])
         print(f"mIoU is over {done['classes_averaged']} classes. Wrote results.json and three figures to {out}/")
+        if args.gallery:
+            print(f"{out / 'gallery.html'}: open it in a browser")
     if crf:
         gain = "" if files else f"mIoU {metrics['miou_without_crf']:.2f} -> {done['miou']:.2f}, "
         print(f"CRF, {args.crf} steps: {gain}{cost:.0f} ms an image added")

@@ -1,8 +1,13 @@
 """evaluate.py against independent references: scikit-learn, SciPy, F.interpolate, and plain loops."""
 
+import base64
+import io
 import json
 import math
 import os
+import re
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -805,3 +810,86 @@ def test_weights_size_leaves_optimizer_state_out(checkpoint):
     saved = {"state_dict": models.load_checkpoint(checkpoint)[1]["state_dict"], "training": {}}
     assert evaluate.weights_mb(checkpoint, saved) == size / 2**20
     assert evaluate.weights_mb(checkpoint, {}) == pytest.approx(size / 2**20, rel=0.05)
+
+
+# ---- gallery --------------------------------------------------------------------------------------------------------
+
+
+def gallery_rows(path):
+    data = path.read_text().split('id="data">')[1].split("</script>")[0]
+    return json.loads(data)
+
+
+def pixels(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+
+
+def test_gallery_shows_every_image_the_worst_first(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    colours = ((9, 8, 7), (1, 200, 3), (50, 60, 250))
+    info = datasets.DataInfo(
+        name="some", classes=("</script><b>road", "sky", "never"), palette=colours, size=SCENE, ignore_index=255
+    )
+    gallery, expected = evaluate.Gallery(info, 6), {}
+    for i in range(6):
+        label = torch.randint(0, 2, SCENE, generator=g)
+        ids = torch.where(torch.rand(SCENE, generator=g) < i / 6, 1 - label, label).to(torch.uint8)
+        label[:4] = 255
+        if i == 3:
+            label[:] = 255  # nothing to score
+        else:
+            of_class = sk.jaccard_score(label[4:].flatten(), ids[4:].flatten(), average=None)
+            expected[f"val/{i}.png"] = 100 * of_class
+        gallery.add(f"val/{i}.png", torch.randint(0, 256, (3, *SCENE), generator=g, dtype=torch.uint8), label, ids)
+    gallery.write(tmp_path / "gallery.html", "a & b")
+    page = (tmp_path / "gallery.html").read_text()
+    assert "<b>road" not in page
+    assert "http" not in page
+    assert "src=" not in page
+    data = gallery_rows(tmp_path / "gallery.html")
+    assert [row["name"] for row in data["rows"]] == [f"val/{i}.png" for i in (5, 4, 2, 1, 0, 3)]
+    for row in data["rows"][:-1]:
+        assert list(row["iou"].values()) == pytest.approx(expected[row["name"]], abs=0.06)
+        assert row["miou"] == pytest.approx(np.nanmean(expected[row["name"]]), abs=0.01)
+    assert data["rows"][-1]["miou"] is None
+    assert data["rows"][-1]["iou"] == {}
+    last = {name: pixels(data["rows"][-1][name]) for name in evaluate.PICTURES}
+    assert all(picture.size == SCENE[::-1] for picture in last.values())
+    assert not np.array(last["label"].convert("RGB")).any()
+    assert torch.equal(  # the last that was added
+        torch.from_numpy(np.array(pixels(data["rows"][0]["prediction"]).convert("RGB"))).permute(2, 0, 1),
+        evaluate.colorize(ids, colours),
+    )
+
+
+def test_gallery_keeps_to_its_size_and_to_the_worst(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "PAGE_IMAGES", 4)
+    monkeypatch.setattr(evaluate, "PAGE_BYTES", 100_000)
+    info = datasets.DataInfo(name="some", classes=("a", "b"), palette=((0, 0, 0), (255, 0, 0)), size=(200, 300))
+    noise = torch.randint(0, 256, (3, 200, 300), dtype=torch.uint8)
+    label, gallery = torch.randint(0, 2, (200, 300)), evaluate.Gallery(info, 11)
+    for i in range(11):  # the later the better
+        gallery.add(str(i), noise, label, torch.where(torch.rand(200, 300) < i / 11, label, 1 - label))
+    gallery.write(tmp_path / "gallery.html", "noise")
+    data = gallery_rows(tmp_path / "gallery.html")
+    assert [row["name"] for row in data["rows"]] == ["0", "1", "2", "3"]
+    assert data["seen"] == 11
+    assert (tmp_path / "gallery.html").stat().st_size < 115_000
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
+def test_gallery_in_a_browser(tmp_path):
+    info = datasets.DataInfo(name="some", classes=("a", "b"), palette=((0, 0, 0), (255, 0, 0)), size=SCENE)
+    gallery, label = evaluate.Gallery(info, 2), torch.arange(64).expand(SCENE) // 32
+    for name, ids in (("good", label), ("bad", torch.zeros(SCENE, dtype=torch.long))):
+        gallery.add(name, torch.zeros(3, *SCENE, dtype=torch.uint8), label, ids)
+    gallery.write(tmp_path / "gallery.html", "two images")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", f"--user-data-dir={tmp_path}"]
+    page = f"file://{tmp_path}/gallery.html"
+    shown = subprocess.run(["chromium", *flags, "--dump-dom", page], capture_output=True, text=True, timeout=60).stdout
+    body = shown.split("<main>")[1].split("</main>")[0]
+    assert re.findall("<h2>([a-z]+)<span>mIoU ([0-9.]+), pixels ([0-9.]+)%", body) == [
+        ("bad", "25.0", "50.0"), ("good", "100.0", "100.0"),
+    ]  # fmt: skip
+    assert body.count('src="data:image/') == 8
+    assert "2 of 2 images" in shown

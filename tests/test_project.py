@@ -203,6 +203,10 @@ def shrink_networks(monkeypatch):
         row = models.BACKBONES[name]
         small_row = dataclasses.replace(row, numbers=row.numbers | small, weights="absent")
         monkeypatch.setitem(models.BACKBONES, name, small_row)
+    one_process(monkeypatch)
+
+
+def one_process(monkeypatch):
     monkeypatch.setattr(benchmark, "peak_memory", lambda *_, **__: {"peak_memory_mb": 9.0, "memory_added_mb": 1.0})
 
 
@@ -350,3 +354,88 @@ def test_a_script_reads_every_flag_that_it_shows_and_keeps_the_contract(script, 
                 assert done["before"].keys() >= CONTRACT
     shown = {a.dest for parser in parsers for a in parser._actions} - {"help"}
     assert shown - read == set()
+
+
+# ---- which step may follow which ----
+
+STEPS = {  # what writes a checkpoint, tiny, two steps of it
+    "train": "train.py --model unet --width 4 --size 32 64 --crop 32 64",
+    "distill": "distill.py --mode response --no-control",
+    "distilled back": "distill.py --mode cwd --no-control --weights {train} --student",
+    "prune weights": "prune.py --amount 0.5",
+    "prune channels": "prune.py --structured --round-to 1 --min-channels 1 --amount 0.2",
+    "lora": "lora.py --method lora-full --rank 2",
+    "ptq": "quantize.py --method ptq",
+    "qat": "quantize.py --method qat",
+    "weight-only": "quantize.py --method weight-only",
+    "dynamic": "quantize.py --method dynamic",
+}
+ENDS = {"evaluate": "evaluate.py", "export": "export_onnx.py", "benchmark": "benchmark.py --threads 1"}
+INT8 = ("ptq", "qat", "weight-only", "dynamic")
+REFUSED = {  # (what wrote it, what takes it) -> words of the reason
+    **{(first, then): "quantized" for first in INT8 for then in (*INT8, "prune weights", "prune channels", "lora")},
+    **{(first, "distilled back"): "quantized" for first in INT8},
+    ("prune weights", "lora"): "pruned to 0",
+    ("dynamic", "export"): "dynamic",
+}
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """A folder for what take() makes."""
+    return tmp_path_factory.mktemp("steps")
+
+
+@pytest.fixture(name="one_process")
+def _one_process(monkeypatch):
+    one_process(monkeypatch)
+
+
+def take(folder, chain):
+    """The checkpoint that the steps of `chain`, in turn, leave."""
+    path = folder / "-".join(chain).replace(" ", "_")
+    if not path.exists():
+        *before, last = chain
+        start = f"--weights {take(folder, before)}" if before else ""
+        command = STEPS[last].format(train=take(folder, ["train"])) if before else STEPS[last]
+        if command.endswith("--student"):
+            start = str(take(folder, before))
+        run_here(f"python {command} {start} --workers 0 --threads 1 --dry-run --out {path}")
+    return path / "best.pt"
+
+
+@pytest.mark.usefixtures("figures_once", "one_process")
+@pytest.mark.parametrize("then", [*list(STEPS)[1:], *ENDS])
+@pytest.mark.parametrize("first", STEPS)
+def test_a_step_may_follow_another_or_is_refused_with_the_reason(first, then, steps):
+    start = ["train", first] if first != "train" else ["train"]
+    path = take(steps, start)
+
+    def follow():
+        if then in ENDS:
+            run_here(f"python {ENDS[then]} --weights {path} --dry-run --out {steps / 'end' / then}")
+        else:
+            parent = models.load_checkpoint(path)[1]
+            model, checkpoint = models.load_checkpoint(take(steps, [*start, then]))
+            assert parent["id"] in [ancestor["id"] for ancestor in checkpoint["lineage"]]
+            assert model(torch.zeros(1, 3, 32, 64)).isfinite().all()
+
+    if (first, then) in REFUSED:
+        with pytest.raises((models.ModelError, datasets.DataError), match=REFUSED[first, then]):
+            follow()
+    else:
+        follow()
+
+
+@pytest.mark.usefixtures("figures_once", "one_process")
+def test_the_whole_way_leaves_a_small_network_that_knows_its_ancestors(steps):
+    chain = ["train", "prune channels", "distilled back", "qat"]
+    path = take(steps, chain)
+    model, checkpoint = models.load_checkpoint(path)
+    assert path.stat().st_size < take(steps, ["train"]).stat().st_size / 2
+    ancestors = [re.search(r"(\w+)\.py", ancestor["command"])[1] for ancestor in checkpoint["lineage"]]
+    assert ancestors == ["train", "prune", "train", "distill"]  # the student's, and the teacher
+    assert [step["step"] for step in checkpoint["compression"]] == ["prune", "quantize"]
+    assert torch.isfinite(model(torch.zeros(1, 3, 32, 64))).all()
+    for end in ENDS:
+        run_here(f"python {ENDS[end]} --weights {path} --dry-run --out {steps / 'end' / end}")
