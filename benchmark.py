@@ -24,6 +24,11 @@ miou: of evaluate.evaluate() on the checkpoint's own val split and size, in PyTo
 What cannot be measured is null, and `reasons` says why.
 """
 
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import csv
@@ -228,7 +233,7 @@ def interleave(runs, count, *, burst=BURST, pause=PAUSE, clock=time.perf_counter
     ones.
     """
     seconds = [[] for _ in runs]
-    for done in tqdm(range(0, count, burst), desc="latency", leave=False, disable=not progress):
+    for done in tqdm(range(0, count, burst), desc="latency", leave=False, disable=not progress or None):
         for run, timed in zip(runs, seconds, strict=True):
             sleep(pause)
             run()
@@ -553,7 +558,7 @@ def measure(wanted, *, backends, device, dtype, threads, runs, size, batch, miou
         meter, no_energy = None, str(error)
     with tempfile.TemporaryDirectory() as folder:
         entries = []  # (subject, row, callable or None, ONNX file or None)
-        for weights, build in tqdm(wanted, desc="load", leave=False):
+        for weights, build in tqdm(wanted, desc="load", leave=False, disable=None):
             subject = open_subject(weights, build, size=size, batch=batch, dry_run=dry_run, dtype=dtype)
             opened = open_rows(subject, backends, device=device, dtype=dtype, threads=threads, folder=folder)
             entries += [(subject, *rest) for rest in opened]
@@ -566,7 +571,7 @@ def measure(wanted, *, backends, device, dtype, threads, runs, size, batch, miou
             row |= latency(timed, batch) | {"runs": len(timed)}
             if meter:
                 row |= evaluate.measure_energy(run, meter, seconds=0.1 if dry_run else 2, batch=batch)
-        for subject, row, _, path in tqdm(running, desc="memory", leave=False):
+        for subject, row, _, path in tqdm(running, desc="memory", leave=False, disable=None):
             common = dict(device=device, dtype=dtype, shape=subject.shape, threads=threads, path=path)
             try:
                 row |= peak_memory(row["backend"], weights=subject.weights, build=subject.build, **common)
@@ -630,6 +635,8 @@ def merge(files):
     """The rows of several benchmark.json; of two that measured the same thing on the same machine, the later one."""
     rows = {}
     for path in files:
+        if not Path(path).is_file():
+            raise DataError(f"--figures-from {path}: no such file")
         try:
             loaded = json.loads(Path(path).read_text())
             for row in loaded:

@@ -18,20 +18,28 @@ Randomness: a sample is drawn from its own seed and nothing else, so that it is 
 processes and restarts, and the global random state is never touched.
 """
 
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import atexit
 import colorsys
 import copy
 import math
 import multiprocessing
+import multiprocessing.queues
 import os
 import random
 import re
+import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
@@ -835,11 +843,11 @@ def eval_loader(dataset, *, batch_size=1, workers=0, rank=0, world=1):
 def make_loader(dataset, *, workers, **options):
     if workers and START == "fork":
         dataset.fill_cache()
-    return DataLoader(
+    return Loader(
         dataset,
         num_workers=workers,  # each runs torch with one thread, which DataLoader sees to
         multiprocessing_context=WorkerContext() if workers else None,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=be_quiet,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # a loader draws a seed for its workers: not from the global state
@@ -848,11 +856,64 @@ def make_loader(dataset, *, workers, **options):
 
 
 START = "fork" if sys.platform == "linux" else "spawn"  # forked workers share the cache, others each get a copy
-SIGNALS = signal.SIGINT, signal.SIGTERM
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+PATIENCE = 45  # seconds that a batch may take to come from the workers
+
+
+class Loader(DataLoader):
+    """A DataLoader that raises DataError where its workers end, or send nothing for PATIENCE seconds."""
+
+    def __iter__(self):
+        if not self.num_workers:
+            yield from super().__iter__()
+            return
+        waited, over = None, threading.Event()  # in pieces: a process that was suspended as a whole loses but one
+
+        def watch():
+            nonlocal waited
+            while not over.wait(PATIENCE / 9):
+                waited = None if waited is None else waited + 1
+                if waited == 9:
+                    kill_workers()  # this ends any wait for them: for a batch, or for the memory that it is in
+
+        batches = super().__iter__()
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            while True:
+                waited = 0
+                batch = next(batches)
+                waited = None
+                yield batch
+        except StopIteration:
+            return
+        except (OSError, EOFError, RuntimeError) as error:
+            if waited is None or str(error).startswith("Caught "):  # of the loop, or of what a worker does
+                raise
+            kill_workers()
+            late = f"they have sent nothing for {PATIENCE} seconds"
+            ended = worker_failure(error) or without_workers("one of them has ended")
+            raise DataError(without_workers(late) if waited >= 9 else ended) from None
+        finally:
+            over.set()
+
+
+def without_workers(why):
+    """One line: that a loader has lost its workers, and what to do."""
+    room = f"{shutil.disk_usage('/dev/shm').free >> 20} MiB" if os.path.exists("/dev/shm") else "little"
+    return (
+        f"the processes that load images are lost: {why}. Try --workers 0, or give them more memory; they hand over "
+        f"batches in shared memory, of which {room} is free (docker run --shm-size 2g)"
+    )
+
+
+def worker_failure(error):
+    """One line for the RuntimeError that DataLoader raises, wherever the process is, when a worker ends; else None."""
+    text = str(error)
+    return without_workers(text.split(". ")[0].rstrip(".")) if text.startswith("DataLoader worker") else None
 
 
 class Worker(multiprocessing.get_context(START).Process):
-    """A process of a loader: deaf to SIGINT and SIGTERM from its first moment, and gone when the main process goes.
+    """A process of a loader: deaf to SIGNALS from its first moment, and gone when the main process goes.
 
     Being deaf, it cannot be asked to end as DataLoader and multiprocessing do, with SIGTERM: it is killed.
     """
@@ -862,35 +923,56 @@ class Worker(multiprocessing.get_context(START).Process):
         atexit.register(kill_workers)  # once, and after multiprocessing's own, which it has to come before
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().start()
+        came, handlers = [], {}
+        with suppress(ValueError):  # only the main thread has handlers; what one raises in a fork is lost
+            for number in SIGNALS:
+                handlers[number] = signal.signal(number, lambda number, _frame: came.append(number))
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            return super().start()  # the new process inherits that both are blocked, and never comes back from here
+            super().start()  # the new process inherits that they are blocked, and never comes back from here
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for number in came:
+                handlers[number](number, None) if callable(handlers[number]) else signal.raise_signal(number)
 
     def terminate(self):
         self.kill()
 
 
 class WorkerContext(type(multiprocessing.get_context(START))):
-    """What DataLoader starts its processes with."""
+    """What DataLoader starts its processes, and makes its queues, with."""
 
     Process = Worker
+
+    def Queue(self, maxsize=0):
+        return WorkerQueue(maxsize, ctx=self.get_context())
+
+
+class WorkerQueue(multiprocessing.queues.Queue):
+    """Ends a worker that cannot send its batch, as where shared memory is full: it would be waited for."""
+
+    def _on_queue_feeder_error(self, error, item):
+        if isinstance(multiprocessing.current_process(), Worker):
+            os._exit(1)
 
 
 def kill_workers():
     """At exit, whatever the reason: multiprocessing would send the living ones SIGTERM, then wait for them for ever."""
-    if hasattr(signal, "SIGCHLD"):
+    with suppress(AttributeError, ValueError):  # Windows has none; a thread sets no handlers
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises when a worker is killed
     for process in multiprocessing.active_children():
         if isinstance(process, Worker):
             process.kill()
 
 
-def ignore_interrupt(worker):
-    """Ctrl-C and `timeout` reach every process of the group; only the main one decides what to do about it."""
+def be_quiet(worker):
+    """Ctrl-C and `timeout` reach every process of the group; only the main one decides what to do about it, and may go
+    while a thread here hands over a batch. What goes wrong with a batch is raised in the main process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None
 
 
 def collate(samples):

@@ -29,6 +29,11 @@ figures terms, curves, confusion, class_iou, examples and, of two DINOv2s, layer
 the student follows); the control and the other --seeds stand in folders inside.
 """
 
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import copy
@@ -417,8 +422,6 @@ def make_run(args, kind, teacher, parent, device, last=None):
     if last:
         model.load_state_dict(last["state_dict"])
     model = model.to(device, memory_format=torch.channels_last)
-    if train.rank_and_world()[1] > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     tokens = has_tokens(model) and has_tokens(teacher.networks[0])
     given = {term: getattr(args, f"{term}_weight") for term in TERMS}
     weights = term_weights(args.mode.split("+"), tokens, given)

@@ -19,8 +19,14 @@ the arg max: 150 classes at 2048 x 1024 would otherwise be 1.2 GiB for one image
 about six such tensors.
 """
 
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
+import contextlib
 import copy
 import functools
 import io
@@ -29,8 +35,12 @@ import math
 import os
 import re
 import shlex
+import signal
+import socket
+import stat
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -379,7 +389,7 @@ def evaluate(
     model.eval()
     images_seen, start = 0, time.perf_counter()
     try:
-        for images, target in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
+        for images, target in tqdm(loader, desc="evaluate", disable=not progress or None, leave=False):
             prediction = predict(model, images.to(device), size=target.shape[-2:], **predict_options).cpu()
             matrix.update(target, prediction)
             if edges:
@@ -864,20 +874,106 @@ arrange();
 # ---- what every script shares ---------------------------------------------------------------------------------------
 
 
-def run_cli(main):
-    """Run a script's main(): what the user can mend ends as one line `error: ...` and exit code 2, Ctrl-C with 130."""
+class Stopped(KeyboardInterrupt):
+    """One of datasets.SIGNALS, whose `number` it has."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+
+class StopSignal:
+    """While the block lasts, the first of datasets.SIGNALS is kept as `number`, and raises Stopped if `raising`."""
+
+    def __init__(self, *, raising=False):
+        self.raising, self.number, self.previous = raising, 0, {}
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            for s in datasets.SIGNALS:
+                if s in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(s) is not signal.SIG_IGN:  # as by nohup
+                    self.previous[s] = signal.signal(s, self._stop)
+        return self
+
+    def _stop(self, number, frame):
+        if self.number:
+            return
+        self.number = number
+        if signal.Signals(number).name == "SIGHUP":  # the terminal is gone, and to write to it an error
+            for stream in (1, 2):
+                if stat.S_ISCHR(os.fstat(stream).st_mode):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if self.raising:
+            raise Stopped(number)
+
+    def while_waiting(self, call):
+        """call(), which the first signal, also one that came before, ends by raising Stopped."""
+        self.raising = True
+        try:
+            if self.number:
+                raise Stopped(self.number)
+            return call()
+        finally:
+            self.raising = False
+
+    def __exit__(self, *exc):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+
+@contextlib.contextmanager
+def second_signal_ends():
+    """While the block lasts, the second of datasets.SIGNALS ends the process and its workers at once, whatever it does.
+
+    Python's handlers wait for the main thread, which may wait itself; the wake-up socket is written to at once. Signals
+    within a tenth of a second are one: `timeout` sends its own to the process and to its group.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def watch():
+        first = math.inf
+        while numbers := ours.recv(64):
+            for number in set(numbers) & set(datasets.SIGNALS):
+                first = min(first, time.monotonic())
+                if time.monotonic() > first + 0.1:
+                    datasets.kill_workers()
+                    os._exit(128 + number)
+
     try:
-        main()
+        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    except ValueError:  # not the main thread
+        yield
+        return
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()  # which ends the thread
+
+
+def run_cli(main):
+    """Run a script's main(): what the user can mend ends as one line `error: ...` and exit status 2, a signal with
+    128 + its number."""
+    try:
+        try:
+            with second_signal_ends(), StopSignal(raising=True):
+                done = main()
+        finally:
+            datasets.kill_workers()  # each that ends by itself could raise, in what follows too
+        if isinstance(done, dict) and "stopped" in done:
+            raise Stopped(signal.Signals[done["stopped"]])
     except (DataError, ModelError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if lines[0].startswith("Caught "):  # a loader process sends its traceback as the message; the last line says it
             lines = [lines[-1].partition(": ")[2] or lines[-1]]
         print("error:", models.one_line(" ".join(lines), None), file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
     except Exception as error:
-        if not (line := lacking(error)):
+        if not (line := datasets.worker_failure(error) or lacking(error)):
             raise
         print("error:", line, file=sys.stderr)
         raise SystemExit(2) from None
@@ -1125,10 +1221,10 @@ def make_parser():
 def open_images(path):
     """FILE or DIR -> sorted list of image files. DataError where there is none."""
     path = Path(path)
-    if not path.exists():
+    if not path.is_file() and not path.is_dir():  # nor a pipe, which would be waited for
         raise DataError(f"--images {path}: no such file or folder")
     known = datasets.IMAGE_SUFFIXES
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in known) if path.is_dir() else [path]
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in known and p.is_file()) if path.is_dir() else [path]
     if not files:
         raise DataError(f"--images {path}: the folder holds no image ({', '.join(known)})")
     return files
@@ -1145,7 +1241,7 @@ def predict_images(model, info, files, out, *, device, size=None, fit=None, crf=
     out.mkdir(parents=True, exist_ok=True)
     stems = [file.stem for file in files]
     written = []
-    for file in tqdm(files, desc="predict", leave=False, disable=len(files) < 2):
+    for file in tqdm(files, desc="predict", leave=False, disable=len(files) < 2 or None):
         image = datasets.decode_image(file)
         height, width = image.shape[-2:]
         scale = min(fit[0] / height, fit[1] / width) if fit else 1

@@ -17,6 +17,11 @@ and, without --size, at three more sizes, in batches of 1 and 3. Only a file tha
 there before stays until then. Numbers go to FILE.json.
 """
 
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import copy
 import io

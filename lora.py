@@ -21,6 +21,11 @@ Writes to --out (default checkpoints/lora): best.pt, a plain network like any ot
 the hash of the network that it belongs to; last.pt, history.csv, results.json, figures.
 """
 
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import collections
 import copy

@@ -7,9 +7,9 @@
 Pixels with ignore_index are out of every sum and every count: they change neither the loss nor any gradient. When all
 are ignored the loss is 0 with a gradient of 0, still part of the graph, so that a step on such a batch is harmless.
 
-DDP averages gradients over ranks, so cross_entropy, focal_loss and bce divide by the number of valid pixels on ALL
-ranks: one process or several give the same gradient, however unevenly the ignored pixels fall. OHEM, Dice, Tversky and
-Lovasz rank pixels or divide by sums of their own batch; they stay per rank.
+DDP averages gradients over ranks, so what a loss divides by (valid pixels, Dice's sums) is that of ALL ranks, and OHEM
+chooses among the pixels of all: one process or several give the same gradient, however unevenly the ignored pixels
+fall. Lovasz, which sorts its pixels, stays per rank, and so do the points that mask_set_loss() draws.
 
 A further loss is a function and a row in LOSSES. The last one, mask_set_loss(), has no row: it takes the queries of
 Mask2Former, not logits.
@@ -38,6 +38,23 @@ def _in_float32(loss):
             return loss(logits if logits.dtype == torch.float64 else logits.float(), target, **options)
 
     return run
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _SumOverProcesses.forward(ctx, gradient)
+
+
+def sum_over_processes(x):
+    """x summed over the processes that train together; a gradient is that of the losses of all of them."""
+    return _SumOverProcesses.apply(x) if dist.is_available() and dist.is_initialized() else x
 
 
 def _mean(total, count):
@@ -160,8 +177,13 @@ def ohem_cross_entropy(logits, target, *, thresh, min_kept, ignore_index=255, **
         keep = nll > -math.log(thresh)
         if min_kept > 0:
             # The k-th is -inf if fewer pixels are valid: then all are kept, and ignored ones have loss and weight 0.
-            keep |= nll >= nll.flatten().topk(min(min_kept, nll.numel()), sorted=False).values.min()
-    return _mean((loss * keep).sum(), (weights * keep).sum())
+            hardest = nll.flatten().topk(min(min_kept, nll.numel()), sorted=False).values
+            if logits.requires_grad and dist.is_available() and dist.is_initialized():  # see _global_mean()
+                ranks = [torch.empty_like(hardest) for _ in range(dist.get_world_size())]
+                dist.all_gather(ranks, hardest)
+                hardest = torch.cat(ranks).topk(min(min_kept, nll.numel() * len(ranks)), sorted=False).values
+            keep |= nll >= hardest.min()
+    return _global_mean((loss * keep).sum(), (weights * keep).sum())
 
 
 # ---- region losses ----
@@ -178,6 +200,8 @@ def _tversky_per_class(log_p, nll, target, ignore_index, alpha=0.5, beta=0.5):
     classes = target.where(valid > 0, 0).flatten()
     overlap = torch.zeros_like(total).index_add(0, classes, ((-nll).exp() * valid).flatten())
     pixels = torch.zeros_like(total).index_add(0, classes, valid.flatten())
+    if total.requires_grad:  # see _global_mean()
+        total, overlap, pixels = sum_over_processes(torch.stack([total, overlap, pixels]))
     present = pixels > 0
     # overlap + alpha * (total - overlap) + beta * (pixels - overlap): above 0 for a class in the target, so only the
     # absent ones need the 1, and no smoothing term is needed.

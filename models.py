@@ -12,6 +12,11 @@ there and build_model(), the command lines, and the tests know it.
     python models.py      # a table of every network with its parameters
 """
 
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import datetime
 import functools
@@ -1322,8 +1327,9 @@ def _loader(pretrained):
         if pretrained == "no":
             return scratch(), (False, None)
         if pretrained not in ("auto", "require"):
-            if not Path(pretrained).exists():
-                raise ModelError(f"--pretrained {pretrained}: no such file or folder (or say auto, require or no)")
+            where = Path(pretrained)
+            if not (where.is_file() or where.is_dir()) or any(p.is_fifo() for p in where.glob("*")):  # a pipe waits
+                raise ModelError(f"--pretrained {where}: no such file, or folder of files (or say auto, require or no)")
             try:
                 return local(pretrained), (True, None)
             except ModuleNotFoundError:

@@ -21,6 +21,11 @@ the network as it is by then, each layer that read what is gone is refitted to c
 BatchNorm gets new statistics: no gradient is needed. The result is a smaller network of plain layers.
 """
 
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import csv

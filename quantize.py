@@ -25,6 +25,11 @@ simulated: it computes in float with quantized values, and can be trained. conve
 int8.py says how both run, and on what kernels.
 """
 
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import csv
@@ -565,7 +570,7 @@ def adaround(model, batches, *, steps, places=2048):
     layers = quant_layers(model)
     height, width = (min(images.shape[d] for images in batches) for d in (2, 3))
     images = torch.cat([images[..., :height, :width] for images in batches])
-    targets, progress = {}, tqdm(total=len(layers), desc="adaround", leave=False)
+    targets, progress = {}, tqdm(total=len(layers), desc="adaround", leave=False, disable=None)
 
     def see(layer, args):
         if layer not in targets:
@@ -663,7 +668,7 @@ def sensitivity(model, batches, *, most=None):
     expected = [model(images) for images in batches]
     energy = sum(logits.square().sum() for logits in expected)
     shares = {}
-    for name in tqdm(layers, desc="sensitivity", leave=False):
+    for name in tqdm(layers, desc="sensitivity", leave=False, disable=None):
         set_mode(model, "fake", [name])
         errors = [(model(x) - y).square().sum() for x, y in zip(batches, expected, strict=True)]
         set_mode(model, "float", [name])

@@ -7,16 +7,24 @@
 
 Every random choice is a function of the seed and the step: the batch, the augmentation of each sample, the learning
 rate. So a run that was stopped and resumed ends in the same bits as one that was not, with any number of workers.
+Ctrl-C, SIGTERM and a terminal that closes stop it with its state saved, with status 130, 143 and 129; the second of
+them ends it at once.
 
 Writes to --out (default checkpoints/train): best.pt (best mIoU; the EMA's weights with --ema), last.pt (everything
 --resume needs), history.csv, results.json, and the figures curves, class_distribution, confusion, class_iou, examples.
 """
+
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
 import copy
 import csv
 import ctypes
+import datetime
 import functools
 import inspect
 import math
@@ -32,6 +40,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -239,9 +248,17 @@ def process_group(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    patience = datetime.timedelta(minutes=10)  # half an hour, if not given
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield device
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise TrainingError(
+            "another process of this run has ended or does not answer, and what it printed says why; last.pt is as it "
+            "was last written: go on with --resume"
+        ) from None
     finally:
         dist.destroy_process_group()
 
@@ -255,22 +272,72 @@ def _over_processes(value, device, op=dist.ReduceOp.SUM):
     return t.item()
 
 
-class StopSignal:
-    """While the block lasts, SIGINT and SIGTERM only set `name`; the loop stops after the step it is in."""
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm by the batches of all processes, as nn.SyncBatchNorm, which refuses a CPU."""
 
-    def __enter__(self):
-        self.name, self.previous = None, {}
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for s in (signal.SIGINT, signal.SIGTERM):
-                self.previous[s] = signal.signal(s, self._stop)
-        return self
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            y, over = x.float(), (0, 2, 3)
+            *sums, count = losses.sum_over_processes(F.pad(y.sum(over), (0, 1), value=y[:, 0].numel()))
+            mean = torch.stack(sums) / count
+            y = y - mean[:, None, None]
+            variance = losses.sum_over_processes(y.square().sum(over)) / count
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            scale = self.weight * (variance + self.eps).rsqrt()
+            return (y * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
-    def _stop(self, number, frame):
-        self.name = signal.Signals(number).name
 
-    def __exit__(self, *exc):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
+def sync_norms(model, device):
+    """Let the BatchNorms of a network, in place, use the batches of all processes."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm
+
+
+class Pace:
+    """What a run says of its time: once the minutes to come, once that it became slow, and in a log, where no bar is
+    shown, a line a minute."""
+
+    SLOW = 5  # a step is slow that takes so many times as long as the first ones, the run after as many in a row
+
+    def __init__(self, steps, an_epoch, device, bar):
+        self.left, self.device, self.bar = steps, device, bar
+        self.few = max(1, min(10, steps - 1, an_epoch - 1))  # the first steps
+        self.seconds, self.computing, self.slow, self.said = [], [], 0, time.perf_counter()
+
+    def step(self, seconds, loading, text):
+        """After a step of so many seconds, those of loading among them; text: what the bar shows."""
+        self.left -= 1
+        if len(self.seconds) < self.few:
+            self.seconds.append(seconds)
+            self.computing.append(seconds - loading)
+            if len(self.seconds) == self.few and self.left:
+                ms = 1000 * statistics.median(self.seconds)
+                self.say(f"{self.left} steps of {ms:.0f} ms to go: {self.left * ms / 60e3:.1f} minutes, and evaluation")
+        elif self.slow < self.SLOW:
+            first = statistics.median(self.computing)
+            self.slow = self.slow + 1 if seconds - loading > self.SLOW * first else 0
+            if self.slow == self.SLOW:
+                self.say(f"warning: steps now take {(seconds - loading) / first:.0f} times as long as the first ones. "
+                         + self.advice())  # fmt: skip
+        if self.bar.disable and time.perf_counter() > self.said + 60:
+            self.say(f"{self.left} steps to go: {text}")
+
+    def advice(self):
+        if self.device.type == "cpu" and torch.get_num_threads() > 1:
+            return "Where other programs compute too, threads wait for each other: try --threads 1, with --resume"
+        return "Does another program compute here?"
+
+    def say(self, text):
+        self.said = time.perf_counter()
+        tqdm.write(text)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -326,11 +393,16 @@ class Keeper:
         self.rank, world = rank_and_world()
         self.loader = datasets.eval_loader(val_set, batch_size=1, workers=workers, rank=self.rank, world=world)
         self.state = dict(step=0, history=[], best=None, seconds=0.0, loss_sum=0.0, loss_count=0)
+        self.signals = evaluate.StopSignal()
         self.started = time.perf_counter()
 
     def seconds(self):
         """Seconds of training so far, over all the resumed parts."""
         return self.state["seconds"] + time.perf_counter() - self.started
+
+    def stopping(self):
+        """The number of the signal that this process, or another one of the run, was sent; 0 for none."""
+        return int(_over_processes(self.signals.number, self.device, dist.ReduceOp.MAX))
 
     def scores(self):
         return [row["miou"] for row in self.state["history"] if "miou" in row]
@@ -373,14 +445,27 @@ class Keeper:
                 f"left alone. {ADVICE}"
             ) from None
 
+    def batches(self):
+        """Those of the validation split, until a signal comes."""
+        batches = iter(self.loader)
+        try:
+            while batch := self.signals.while_waiting(lambda: next(batches, None)):
+                yield batch
+        except evaluate.Stopped:
+            if not self.signals.number:  # it is not ours: nothing is being trained yet
+                raise
+
     def evaluate(self):
-        """mIoU, mAcc and aAcc of the weights (the EMA's, if there is one), written to best.pt if they are the best."""
+        """mIoU, mAcc and aAcc of the weights (the EMA's, if there is one), written to best.pt if they are the best;
+        None where a signal came."""
         model, info = self.objective.model, self.val_set.info
         with self.ema.applied(model) if self.ema else contextlib.nullcontext():
             metrics = evaluate.evaluate(
-                model, self.loader, num_classes=len(info.classes), ignore_index=info.ignore_index, device=self.device,
-                boundary=False, amp_dtype=self.amp_dtype,
+                model, self.batches(), num_classes=len(info.classes), ignore_index=info.ignore_index,
+                device=self.device, boundary=False, amp_dtype=self.amp_dtype,
             )  # fmt: skip
+            if self.stopping():
+                return None
             metrics = {k: metrics[k] for k in ("miou", "macc", "aacc")}
             best = self.state["best"]
             if self.state["step"] < self.score_from:
@@ -392,14 +477,15 @@ class Keeper:
         return metrics
 
     def end_epoch(self, epoch, *, images_per_second, evaluate, save):
-        """Close an epoch: its row of history.csv, its line on the screen, last.pt."""
+        """Close an epoch: its row of history.csv, its line on the screen, last.pt. A signal leaves it open."""
         state = self.state
         loss = _over_processes(state["loss_sum"], self.device) / _over_processes(state["loss_count"], self.device)
         row = dict(epoch=epoch + 1, step=state["step"], lr=self.optimizer.param_groups[-1]["lr"], loss=loss)
         self.demand_finite()
-        row.update(self.objective.report())
-        if evaluate:
-            row.update(self.evaluate())
+        metrics = self.evaluate() if evaluate else {}
+        if metrics is None:
+            return
+        row.update(self.objective.report(), **metrics)
         row.update(images_per_second=round(images_per_second, 2), seconds=round(self.seconds(), 2))
         state["history"].append(row)
         state.update(loss_sum=0.0, loss_count=0)
@@ -427,8 +513,9 @@ def fit(
     without one), are for callers that do something of their own to the network. score_first: what it starts from counts
     as well. score_from: the number of steps before which no score does.
 
-    Returns {"history": rows, "best": metrics of best.pt, "seconds", "step", "stopped": signal name or None}.
-    Raises TrainingError where the loss is not finite; best.pt stays as it was.
+    Returns {"history": rows, "best": metrics of best.pt, "seconds", "step", "stopped": signal name or None}. The first
+    signal ends it after the step it is in, with last.pt written; an evaluation is broken off, and made up for on
+    resume. Raises TrainingError where the loss is not finite; best.pt stays as it was.
     """
     rank, world = rank_and_world()
     if batch_size % (world * accumulate):
@@ -450,6 +537,7 @@ def fit(
     batches = iter(datasets.train_loader(train_set, start=first, stop=stop, workers=workers, **share))
     step_module = objective
     if world > 1:
+        sync_norms(objective.model, device)
         step_module = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
     if compile_step:
         step_module = torch.compile(step_module)
@@ -464,19 +552,43 @@ def fit(
             )
 
     images_done, seconds_done = 0, 0.0
-    if score_first and not resume:
+
+    def set_rates(step):
+        factor = schedule(step, keeper.scores())
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    def end_epoch():
+        """Where an epoch, or the run, is at its end."""
+        over, (epochs_done, within) = state["step"] == stop, divmod(state["step"], an_epoch)
+        if state["loss_count"] and (over or within == 0):
+            keeper.end_epoch(
+                epochs_done - (within == 0),
+                images_per_second=images_done / seconds_done if seconds_done else 0.0,
+                evaluate=over or epochs_done % eval_every == 0,
+                save=over or epochs_done % save_every == 0,
+            )
+
+    if score_first and not state["step"]:
         keeper.evaluate()
     objective.train()
-    with StopSignal() as signals, tqdm(total=stop, initial=first, disable=rank > 0, unit="step", leave=False) as bar:
+    shown = dict(total=stop, initial=first, disable=rank > 0 or None, unit="step", leave=False)
+    with keeper.signals as signals, tqdm(**shown) as bar:
+        pace = Pace(stop - first, an_epoch, device, bar)
+        set_rates(max(0, first - 1))
+        end_epoch()  # one whose evaluation a signal broke off
         for step in range(first, stop):
-            epoch, within = divmod(step, an_epoch)
-            if on_epoch_start and (within == 0 or step == first):
-                on_epoch_start(epoch)
+            if keeper.stopping():
+                break
+            if on_epoch_start and (step % an_epoch == 0 or step == first):
+                on_epoch_start(step // an_epoch)
             began = time.perf_counter()
-            factor = schedule(step, keeper.scores())
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            images, target = next(batches)
+            set_rates(step)
+            try:
+                images, target = next(batches) if world > 1 else signals.while_waiting(lambda: next(batches))
+            except evaluate.Stopped:  # of one process alone: several wait for each other in what follows
+                break
+            loading = time.perf_counter() - began
             torch.manual_seed(datasets.mix_seed(seed, step, rank))  # for dropout: the same when resumed
             loss = train_step(
                 step_module,
@@ -495,26 +607,20 @@ def fit(
                 after_step(step, ema.shadow if ema else {})
             state.update(step=step + 1, loss_sum=state["loss_sum"] + loss, loss_count=state["loss_count"] + 1)
             images_done, seconds_done = images_done + batch_size, seconds_done + time.perf_counter() - began
+            rate = optimizer.param_groups[-1]["lr"]
+            text = f"loss {loss:.3f}, lr {rate:.2e}, {images_done / seconds_done:.1f} images/s"
             bar.update()
-            bar.set_postfix_str(
-                f"loss {loss:.3f}, lr {optimizer.param_groups[-1]['lr']:.2e}, {images_done / seconds_done:.1f} images/s"
-            )
-            over = step + 1 == stop
-            if over or within + 1 == an_epoch:
-                keeper.end_epoch(
-                    epoch,
-                    images_per_second=images_done / seconds_done,
-                    evaluate=over or (epoch + 1) % eval_every == 0,
-                    save=over or (epoch + 1) % save_every == 0,
-                )
+            bar.set_postfix_str(text)
+            if rank == 0:
+                pace.step(time.perf_counter() - began, loading, text)
+            end_epoch()
+            if not state["loss_count"]:
                 images_done, seconds_done = 0, 0.0
-            if _over_processes(signals.name is not None, device, dist.ReduceOp.MAX):
-                break
-    stopped = None
-    if state["step"] < stop:
-        keeper.demand_finite()
-        keeper.save_last()
-        stopped = signals.name or "a signal to another process"
+        if number := keeper.stopping():
+            keeper.demand_finite()
+            keeper.save_last()
+            datasets.kill_workers()  # not waited for: they may be stopped as well
+    stopped = signal.Signals(number).name if number else None
     return {**{k: state[k] for k in ("history", "best", "step")}, "seconds": keeper.seconds(), "stopped": stopped}
 
 
@@ -1056,13 +1162,11 @@ def main(argv=None):
 
 def run(args, last, command, device):
     """Train, then score best.pt and write figures and results.json; see main()."""
-    rank, world = rank_and_world()
+    rank, _ = rank_and_world()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     train_set, val_set = open_splits(args)
     model = make_network(args, len(train_set.info.classes), last).to(device, memory_format=torch.channels_last)
-    if world > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     objective = make_objective(args, model, train_set, out, device)
     if rank == 0:
         precision = "float32" if args.amp == "off" else args.amp
@@ -1077,10 +1181,10 @@ def run(args, last, command, device):
     )  # fmt: skip
     save = functools.partial(save, network=model)
     done = fit_by_flags(args, objective, train_set, val_set, script="train.py", device=device, save=save, last=last)
-    if rank:
-        return {}
     if done["stopped"]:
         return {"stopped": done["stopped"], "step": done["step"]}
+    if rank:
+        return {}
     return finish(done, val_set, out, command, device, args)
 
 
@@ -1090,7 +1194,7 @@ def finish(done, val_set, out, command, device, args):
     metrics = evaluate.score(best, val_set, device=device, out=out, workers=args.workers)
     common = dict(command=command, split="val", seconds=done["seconds"], device=device, path=out / "best.pt")
     results = evaluate.results(best, checkpoint, metrics, **common)
-    speeds = [row["images_per_second"] for row in done["history"]]
+    speeds = [row["images_per_second"] for row in done["history"] if row["images_per_second"]] or [0.0]
     results |= {"epochs": args.epochs, "steps": done["step"], "images_per_second": sum(speeds) / len(speeds)}
     evaluate.write_json(out / "results.json", results)
     keys = "model dataset pretrained params miou macc aacc boundary_iou seconds images_per_second peak_memory_mb"

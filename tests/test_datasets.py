@@ -1,12 +1,14 @@
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import datasets
+import evaluate
 import train
 from datasets import DataError, DataInfo, RandomScaleCrop, StepSampler, open_dataset
 from scenes import CITYSCAPES_CLASSES, draw_scene
@@ -510,7 +513,7 @@ def test_error_in_a_worker_is_one_line(folder):
     batches = iter(datasets.make_loader(open_dataset("folder", "train", root=folder), workers=1))
     with pytest.raises(DataError) as caught:
         list(batches)
-    batches._shutdown_workers()  # left to the garbage collector it would take 5 s
+    datasets.kill_workers()  # left to the garbage collector it would take 5 s
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(folder / "masks" / "train" / "4.png"))
 
@@ -719,10 +722,11 @@ def test_workers_change_nothing(folder, cache):
     assert torch.equal(data[index, seed][0], batches[0][0][0][0])
 
 
-def test_interrupt_does_not_kill_workers(folder):
+def test_signals_do_not_end_workers(folder):
     batches = iter(datasets.train_loader(augmented(folder), batch_size=2, start=0, stop=12, seed=0, workers=1))
     next(batches)
-    os.kill(batches._workers[0].pid, signal.SIGINT)
+    for worker, number in itertools.product(multiprocessing.active_children(), datasets.SIGNALS):
+        os.kill(worker.pid, number)
     assert sum(1 for _ in batches) == 11
 
 
@@ -960,6 +964,119 @@ def test_signals_while_workers_start_are_the_main_process_affair(folder):
     assert (status, err) == (0, "")
 
 
+class Forked:
+    """A script with `main`, as run_cli() runs it, in a process group of its own; one that starts anew takes seconds."""
+
+    def __init__(self, main, written):
+        written.touch()
+        self.written, self.pid = written, os.fork()
+        os.setpgid(self.pid, self.pid)  # 0, in the child: itself
+        if self.pid:
+            return
+        status = 1
+        try:
+            os.dup2(os.open(written, os.O_WRONLY | os.O_APPEND), 2)
+            sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+            torch.set_num_threads(1)
+            evaluate.run_cli(main)
+        except SystemExit as ended:
+            status = ended.code
+        except BaseException:
+            traceback.print_exc()
+        datasets.kill_workers()  # as at any exit
+        os._exit(status)
+
+    def say_when(self, text):
+        """Wait until it has printed this."""
+        end = time.monotonic() + 60
+        while text not in self.written.read_text():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    def end(self, limit=60):
+        """(status, what it printed); fails where it, or a process that it started, is there after `limit` seconds."""
+        status, end = None, time.monotonic() + limit
+        try:
+            while time.monotonic() < end:
+                pid, code = os.waitpid(self.pid, os.WNOHANG) if status is None else (0, 0)
+                status = os.waitstatus_to_exitcode(code) if pid else status
+                os.killpg(self.pid, 0)
+                time.sleep(0.02)
+        except ProcessLookupError:  # nobody is left
+            return status, self.written.read_text()
+        os.killpg(self.pid, signal.SIGKILL)
+        return pytest.fail(f"status {status}, and not all had ended after {limit} s: {self.written.read_text()}")
+
+
+def forked_loop(folder, tmp_path, each):
+    """Forked with a loop over a loader with two workers; each(their ids) is called for every batch."""
+    data = augmented(folder)
+
+    def main():
+        for _ in datasets.train_loader(data, batch_size=2, start=0, stop=1000, seed=0, workers=2):
+            each([process.pid for process in multiprocessing.active_children()])
+
+    return Forked(main, tmp_path / "written")
+
+
+ENDED = r"(worker \(pid|one of them has ended)"
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (signal.SIGKILL, ENDED),
+        (signal.SIGBUS, ENDED),
+        (signal.SIGSTOP, "nothing for 3 seconds"),
+        (None, ENDED),
+    ],
+)
+def test_lost_workers_end_a_script_in_one_line(folder, tmp_path, monkeypatch, number, why):
+    monkeypatch.setattr(datasets, "PATIENCE", 3)
+    if number is None:  # a batch that cannot be sent, as where shared memory is full
+        monkeypatch.setattr(datasets, "collate", lambda samples: lambda: samples)
+    status, printed = forked_loop(folder, tmp_path, lambda workers: os.kill(workers[0], number)).end()
+    assert status == 2
+    *rest, line = printed.splitlines()
+    assert re.search(f"error: the processes that load images are lost.*{why}.* --workers 0, .*--shm-size 2g.*", line)
+    assert [x for x in rest if "ERROR: Unexpected bus error" not in x] == []  # PyTorch's own words
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_a_script_and_the_second_at_once(folder, tmp_path, name):
+    number = getattr(signal, name)
+
+    def wait(workers):
+        try:
+            print("waits", flush=True)
+            time.sleep(1000)
+        finally:
+            if name == "SIGTERM":  # it does not get on
+                print("again", flush=True)
+                time.sleep(1000)
+
+    script = forked_loop(folder, tmp_path, wait)
+    script.say_when("waits")
+    os.killpg(script.pid, number)
+    os.killpg(script.pid, number)  # as `timeout` does: one signal
+    if name == "SIGTERM":
+        script.say_when("again")
+        time.sleep(0.2)
+        os.killpg(script.pid, number)
+    status, printed = script.end()
+    assert status == 128 + number
+    assert printed.split() == (["waits", "again"] if name == "SIGTERM" else ["waits"])
+
+
+def test_ctrl_c_during_the_imports_prints_nothing():
+    run, end = Run("train.py"), time.monotonic() + 60
+    while "libtorch" not in Path(f"/proc/{run.process.pid}/maps").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    run.signal(signal.SIGINT)
+    assert run.end() == (-signal.SIGINT, "", "")
+
+
 def test_sigterm_to_the_group_stops_training_with_its_state_saved(folder, tmp_path):
     more_images(folder, "val")  # enough that each epoch's evaluation starts workers
     out = tmp_path / "out"
@@ -969,7 +1086,7 @@ def test_sigterm_to_the_group_stops_training_with_its_state_saved(folder, tmp_pa
         time.sleep(0.05)
     run.signal(signal.SIGTERM)
     status, printed, err = run.end()
-    assert status == 0, err
+    assert status == 143, err
     assert "Traceback" not in err
     step = int(re.search(r"SIGTERM: stopped after step (\d+)\. Go on with: python train.py --resume", printed)[1])
     assert torch.load(out / "last.pt", weights_only=True)["training"]["step"] == step

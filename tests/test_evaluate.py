@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -775,6 +776,22 @@ def test_ctrl_c_exits_quietly(capsys):
         evaluate.run_cli(main)
     assert stopped.value.code == 130
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        evaluate.open_images,
+        models.read_checkpoint,
+        lambda pipe: models.load_adapter(None, {}, pipe),
+        lambda pipe: models.build_model(num_classes=3, backbone="resnet18", head="linear", pretrained=str(pipe)),
+        lambda pipe: models.build_model(num_classes=3, backbone="mit-tiny", head="fcn", pretrained=str(pipe.parent)),
+    ],
+)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"^(no checkpoint at|no adapter at|--images|--pretrained) "):
+        read(tmp_path / "config.json")
 
 
 def test_errors_of_loader_processes_stay_one_line(capsys):

@@ -858,11 +858,16 @@ def shares():
     return logits, target, (slice(0, 2), slice(2, 4))
 
 
-GLOBAL_MEANS = {  # losses whose mean is over the pixels of all ranks
+GLOBAL = {  # losses of the pixels of all ranks
     "plain": ("ce", {}),
     "weighted": ("ce", {"weight": torch.tensor([0.5, 2.0, 0.3, 1.0])}),
     "boundary": ("ce", BOUNDARY),
     "focal": ("focal", {}),
+    "ohem": ("ohem", {}),
+    "ohem of few": ("ohem", {"ohem_thresh": 0.01, "ohem_min_kept": 7}),
+    "dice": ("dice", {}),
+    "tversky": ("tversky", {}),
+    "both": ("ce-dice", {}),
 }
 
 
@@ -877,7 +882,7 @@ def rank_main(rank, folder):
         logits, target, images = shares()
         logits, target = logits[images[rank]], target[images[rank]]
         result = {}
-        for key, (name, options) in GLOBAL_MEANS.items():
+        for key, (name, options) in GLOBAL.items():
             result[key] = grad(make(name, **options), logits, target)
         result["taught"] = grad(taught("response", teacher(logits)), logits, target)
         # Every pixel of every rank is ignored: the global count is 0.
@@ -894,7 +899,7 @@ def test_two_processes_average_to_the_single_process_loss(tmp_path):
     torch.multiprocessing.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     logits, target, images = shares()
-    whole = {key: make(name, **options) for key, (name, options) in GLOBAL_MEANS.items()}
+    whole = {key: make(name, **options) for key, (name, options) in GLOBAL.items()}
     for key, loss in (whole | {"taught": taught("response", teacher(logits))}).items():
         value, gradient = grad(loss, logits, target)
         torch.testing.assert_close((ranks[0][key][0] + ranks[1][key][0]) / 2, value)

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import datasets
+import evaluate
 import losses
 import models
 import train
@@ -370,23 +372,26 @@ def test_frozen_norms_keep_their_statistics_for_the_last_epochs(tmp_path):
         ["--optimizer", "sgd", "--schedule", "plateau", "--patience", "1"],
     ],
 )
-@pytest.mark.parametrize("stop_at", [3, 4])  # in the middle of an epoch, and at its end: 2 steps an epoch
+@pytest.mark.parametrize("stop_at", [3, 4, "evaluation"])  # in an epoch, at its end (2 steps each), and after that
 def test_a_stopped_and_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, capsys, flags, stop_at):
     flags = [*flags, "--epochs", "4", "--dropout", "0.3", "--scale", "0.5", "2", "--photometric"]
     whole = run(tmp_path / "whole", *flags)
-    step, count = train.train_step, iter(range(1, 99))
+    # what is interrupted: a step, or the prediction of the second image in the second epoch's evaluation
+    module, name, at = (evaluate, "predict", 5) if stop_at == "evaluation" else (train, "train_step", stop_at)
+    function, count = getattr(module, name), itertools.count(1)
 
     def interrupted(*args, **options):
-        value = step(*args, **options)
-        if next(count) == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)  # arrives in the middle of the step
+        value = function(*args, **options)
+        if next(count) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return value
 
-    monkeypatch.setattr(train, "train_step", interrupted)
-    stopped = run(tmp_path / "part", *flags)
-    assert stopped == {"stopped": "SIGTERM", "step": stop_at}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        stopped = run(tmp_path / "part", *flags)
+        assert next(count) == at + 1
+    assert stopped == {"stopped": "SIGTERM", "step": 4 if stop_at == "evaluation" else stop_at}
     assert f"python train.py --resume --out {tmp_path / 'part'}" in capsys.readouterr().out
-    monkeypatch.setattr(train, "train_step", step)
     torch.manual_seed(123)  # whatever the process did before
     resumed = train.main(["--resume", "--out", str(tmp_path / "part"), "--workers", "1"])
     for name in ("last.pt", "best.pt"):
@@ -466,6 +471,29 @@ def test_a_run_of_another_script_is_not_gone_on_with(tmp_path, command, words):
         train.main(["--resume", "--out", str(tmp_path)])
 
 
+# ---- what a run says of its time ----
+
+
+def test_a_run_says_how_long_it_takes_and_when_it_became_slow(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    clock = itertools.count(0, 5)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))  # 5 s from one look to the next
+    pace = train.Pace(100, 50, torch.device("cpu"), argparse.Namespace(disable=True))
+    said = []
+    for step, seconds in enumerate([9.0, *[1.0] * 20, 30.0, *[1.0] * 10, *[8.0] * 20]):
+        pace.step(seconds + 0.5, 0.5, "loss 1")
+        said += [(step, line) for line in capsys.readouterr().out.splitlines()]
+    minutes, *others = said
+    assert minutes == (9, "90 steps of 1500 ms to go: 2.2 minutes, and evaluation")
+    warnings = [(step, line) for step, line in others if "warning" in line]
+    assert [step for step, _ in warnings] == [36]  # the fifth in a row; one alone is none
+    assert "now take 8 times as long as the first ones" in warnings[0][1]
+    assert "--threads 1" in warnings[0][1]
+    lines = [line for line in others if line not in warnings]
+    assert 2 < len(lines) < 6  # in 260 s
+    assert lines[0][1].endswith(" steps to go: loss 1")
+
+
 # ---- several processes ----
 
 
@@ -480,16 +508,26 @@ def one_process(rank, world, port, out, flags):
     )
     torch.set_num_threads(1)
     train.main([*SMALL, "--out", out, *flags])
+    os.environ["MASTER_PORT"] = str(int(port) + 1)
+    with pytest.raises(TrainingError, match="another process of this run has ended"):
+        one_is_lost(rank)
+
+
+def one_is_lost(rank):
+    with train.process_group(torch.device("cpu")):
+        if rank:
+            os._exit(0)
+        for _ in range(100):
+            torch.distributed.all_reduce(torch.zeros(1))
 
 
 def test_two_processes_train_like_one_with_the_same_batch(tmp_path):
     # SGD, so that weights can be compared: Adam makes whole steps of a gradient that is 0 but for rounding (key biases)
-    flags = ["--epochs", "2", "--norm", "group", "--loss", "ce", "--class-weights", "enet"]
+    flags = ["--epochs", "2", "--norm", "batch", "--loss", "ohem", "--class-weights", "enet"]
     flags += ["--optimizer", "sgd", "--lr", "0.05"]
-    for world in (1, 2):
-        port = str(29500 + os.getpid() % 1000 + world)
-        args = (world, port, str(tmp_path / str(world)), flags)
-        torch.multiprocessing.spawn(one_process, args, nprocs=world)
+    run(tmp_path / "1", *flags)
+    port = str(29500 + 2 * (os.getpid() % 1000))
+    torch.multiprocessing.spawn(one_process, (2, port, str(tmp_path / "2"), flags), nprocs=2)
     histories = []
     for world in ("1", "2"):
         with open(tmp_path / world / "history.csv") as file:
