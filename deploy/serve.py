@@ -73,10 +73,9 @@ def decode(body, max_pixels):
     """
     try:
         image = Image.open(io.BytesIO(body), formats=FORMATS)
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
-        known = isinstance(error, Image.UnidentifiedImageError)
-        why = "is no image that can be read here" if known else "has a damaged header"
-        raise HTTPException(415, f"the file {why}: send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from None
+    except Exception:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
+        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise HTTPException(415, f"the file is no image, or its header is damaged: send {kinds}") from None
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height} pixels"
         raise HTTPException(413, f"the image has {size}: at most {max_pixels / 1e6:g} megapixels are taken")
@@ -153,7 +152,8 @@ class Network:
             raise ValueError(f"{len(self.classes)} classes and {len(self.palette)} colours")
         mean, std = np.array([mean, std], dtype=np.float32).reshape(2, 3)
         if not (std > 0).all():
-            raise ValueError("std that is not positive")
+            raise ValueError("a std that is not positive")
+        self.steps = json.loads(self.about.get("compression", "[]"))
         self.scale, self.shift = 1 / (255 * std), -mean / std
 
     def scores(self, pixels):
@@ -413,8 +413,7 @@ def make_app(networks, *, max_bytes, max_pixels, parallel, queue, hosts=None):
     async def models():
         rows = []
         for name, network in networks.items():
-            about = {key: network.about.get(key) for key in ("model", "dataset")}
-            about["compression"] = json.loads(network.about.get("compression", "[]"))
+            about = {key: network.about.get(key) for key in ("model", "dataset")} | {"compression": network.steps}
             classes = [{"name": c, "colour": p} for c, p in zip(network.classes, network.palette, strict=True)]
             rows.append({"name": name, **about, "size": network.size, "window": network.window})
             rows[-1] |= {"megabytes": round(network.megabytes, 2), "classes": classes}
