@@ -380,7 +380,7 @@ def answer(network, name, body, asked, max_pixels, waited):
 
 def make_app(networks, *, max_bytes, max_pixels, parallel, queue, hosts=None):
     """The service as an ASGI application. networks: {name: Network}. hosts: names it answers to, None: any."""
-    app = FastAPI(title="Semantic segmentation", docs_url=None, redoc_url=None)  # their pages need other hosts
+    app = FastAPI(title="Semantic segmentation", openapi_url=None)  # its pages need other hosts
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     places = Places(parallel, queue)
 
@@ -495,10 +495,14 @@ class Guard:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
+def number_from(least):
+    """A type for argparse: an integer of at least that."""
+
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: give {least} or more")
+        return int(text)
+
     return number
 
 
@@ -506,7 +510,8 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add, pair = parser.add_argument, dict(type=positive, nargs=2, metavar=("H", "W"))
+    add, positive = parser.add_argument, number_from(1)
+    pair = dict(type=positive, nargs=2, metavar=("H", "W"))
     add("--weights", nargs="+", metavar="FILE", default=["checkpoints/train/best.onnx"], help="files of export_onnx.py")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: whoever can reach this machine")
     add("--port", type=int, default=8000, help="port to listen at; 0: any free one")
@@ -515,7 +520,7 @@ def make_parser():
     sizes.add_argument("--slide", **pair, help="sliding window, pixels, over images at their own size")
     add("--threads", type=positive, help="CPU threads of one network; left out: one a core")
     add("--parallel", type=positive, default=2, help="images worked on at once")
-    add("--queue", type=int, default=32, help="images that may wait; the next gets status 503")
+    add("--queue", type=number_from(0), default=32, help="images that may wait; the next gets status 503")
     add("--max-mb", type=positive, default=20, help="largest file taken, MiB")
     add("--max-megapixels", type=positive, default=50, help="largest image taken")
     add("--dry-run", action="store_true", help="load the files, label one image with each, and end")

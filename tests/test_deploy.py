@@ -514,20 +514,20 @@ def test_the_dockerfiles_steps_in_a_fresh_environment(files):
         venv.create(folder / "venv", with_pip=True)
         python = str(folder / "venv" / "bin" / "python")
         (install,) = [step for step in steps["RUN"] if step.startswith("pip install")]
-        subprocess.run([python, "-m", *install.split()], cwd=folder, check=True, capture_output=True)
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run([python, "-m", *install.split()], cwd=folder, env=clean, check=True, capture_output=True)
         entry, arguments = (json.loads(steps[word][-1]) for word in ("ENTRYPOINT", "CMD"))
         (check,) = re.findall(r"CMD (\[.*\])", steps["HEALTHCHECK"][-1])
         weights = [arguments[1].replace("/models", str(folder / "models"))]
         assert arguments[0] == "--weights"
         user = {"user": 65534, "group": 65534} if os.getuid() == 0 else {}
-        clean = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
         with serving(*weights, command=[python, *entry[1:]], cwd=folder, env=clean, **user) as (_, client):
             answer = client.post("/segment", content=PHOTO, headers={"host": "any.example:80"})
             assert answer.status_code == 200
             health = [word.replace("8000", str(client.base_url.port)) for word in json.loads(check)]
-            subprocess.run([python, *health[1:]], check=True)
-        assert subprocess.run(health, capture_output=True).returncode != 0  # nobody there
-        packages = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+            subprocess.run([python, *health[1:]], env=clean, check=True)
+        assert subprocess.run([python, *health[1:]], env=clean, capture_output=True).returncode != 0  # nobody there
+        packages = subprocess.check_output([python, "-m", "pip", "list"], env=clean, text=True)
         assert "torch" not in packages
 
 
