@@ -733,7 +733,7 @@ def camvid_with_two_classes(root):
         (["--split", "nosplit"], "nosplit"),
         (["--dataset", "folder", "--data-root", "{tmp}/folder"], "19 classes, but folder has 2"),
         (["--slide", "16", "16", "--slide-stride", "20", "16"], "leaves gaps"),
-        (["--slide-stride", "20", "16"], "--slide-stride needs --slide"),
+        (["--slide-stride", "20", "16"], "--slide-stride is of --slide"),
         (["--out", "{tmp}/bad.png/x"], "bad.png"),
     ],
 )
@@ -743,7 +743,7 @@ def test_user_errors_are_one_line_and_exit_2(checkpoint, tmp_path, capsys, argv,
     camvid_with_two_classes(tmp_path / "folder")
     argv = [a.format(tmp=tmp_path) for a in argv]
     with pytest.raises(SystemExit) as stopped:
-        run("--weights", checkpoint, "--out", tmp_path / "out", "--dry-run", "--no-boundary", *argv)
+        run("--weights", checkpoint, "--out", tmp_path / "out", "--dry-run", *argv)
     assert stopped.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("error: ")
