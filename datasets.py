@@ -44,7 +44,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from models import one_line
+from models import ModelError, one_line, print_anything, replacing
 from scenes import CITYSCAPES_CLASSES, draw_scene
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
@@ -1056,13 +1056,16 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("checkpoints/data.png"), help="PNG to write")
     parser.add_argument("--dry-run", action="store_true", help="two images")
     args = parser.parse_args(argv)
+    print_anything()
     try:
         where = dict(root=args.data_root, size=args.size, options=option_values(args))
         dataset = open_dataset(args.dataset, args.split, cache=False, **where)
         sheet = contact_sheet(dataset, 2 if args.dry_run else args.count)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(args.out, optimize=True)
-    except (DataError, OSError) as error:
+        with replacing(args.out) as temporary:
+            sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+                temporary, "PNG", optimize=True
+            )
+    except (DataError, ModelError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"wrote {args.out}: {args.dataset}/{args.split}, {len(dataset)} images, {len(dataset.info.classes)} classes")
 

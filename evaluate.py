@@ -19,9 +19,12 @@ about six such tensors.
 """
 
 import argparse
+import contextlib
 import copy
+import csv
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -46,6 +49,11 @@ import datasets
 import models
 from datasets import DataError, DataInfo, positive_int
 from models import ModelError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart
+    fcntl = None
 
 CHUNK = 1 << 20  # numbers in one chunk of upsampled logits: 4 MiB of float32, about what a CPU core's cache holds
 TTA_SCALES = (0.75, 1.0, 1.25)
@@ -573,8 +581,6 @@ def save_figure(figure, path, *, limit=200_000):
     """Write a matplotlib figure as PNG of 256 colours, at 100 dpi or as many as keep it under `limit` bytes."""
     from PIL import Image
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     for dpi in (100, 80, 65, 50, 40):
         drawn, packed = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, dpi=dpi)
@@ -584,7 +590,8 @@ def save_figure(figure, path, *, limit=200_000):
         image.save(packed, "PNG", optimize=True)
         if packed.tell() < limit:
             break
-    path.write_bytes(packed.getvalue())
+    with models.replacing(path) as temporary:
+        temporary.write_bytes(packed.getvalue())
 
 
 def plot_confusion(matrix, classes, path):
@@ -698,6 +705,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def run_cli(main):
     """Run a script's main(): what the user can mend ends as one line `error: ...` and exit code 2, Ctrl-C with 130."""
+    models.print_anything()
     try:
         main()
     except (DataError, ModelError, OSError) as error:
@@ -722,6 +730,87 @@ def out_folder(out, name, *, dry_run):
     """Where a run writes: --out, else checkpoints/NAME, of a dry run checkpoints/dry-run/NAME: two steps must not
     replace a real result."""
     return Path(out) if out else Path(ROOT, *(["dry-run"] if dry_run else []), name)
+
+
+PARTS = ("control", "seed-*", "amount-*", "lora-*", "head", "classifier", "full")  # subfolders of distill, prune, lora
+locks = {}  # {folder: its lock, open}, of the runs of this process
+
+
+def left_in(folder):
+    """What a run left in its folder: files, and the folders of its parts."""
+    there = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")] if folder.is_dir() else []
+    return [path for path in there if path.is_file() or any(path.match(part) for part in PARTS)]
+
+
+def locked(path):
+    """The file `path`, open and locked; None where another process has it."""
+    while True:
+        file = open(path, "a")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this kind, which no worker that outlives us inherits
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return None
+        except OSError:  # a file system that knows no locks
+            return file
+        with contextlib.suppress(FileNotFoundError):  # who had it before may have removed it in the meantime
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()
+
+
+def claim(folder, *, inputs=(), keep=True):
+    """Make `folder` that of a run, until its main() ends; see releasing(). What an earlier run left there is kept aside
+    when this one first writes something, unless `keep` is False, as where it goes on with that run.
+
+    inputs: paths that are read. Raises ModelError where one of them would be overwritten, or where another process has
+    the folder: the lock ends with its process, however that ends.
+    """
+    shown, folder = folder, Path(os.path.realpath(folder))
+    for path in map(Path, inputs):
+        real = Path(os.path.realpath(path))
+        places = {real, *real.parents, Path(os.path.realpath(path.parent), path.name)}
+        if real == folder or any(places & {own, Path(os.path.realpath(own))} for own in left_in(folder)):
+            raise ModelError(f"--out {shown} holds {path}, which would be overwritten: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl and folder not in locks:
+        if not (file := locked(folder / ".lock")):
+            raise ModelError(f"--out {shown}: another run is writing there; name another folder")
+        locks[folder] = file
+
+    @functools.cache  # what is to be done once
+    def first_write():
+        own = left_in(folder)
+        for place in (folder, *(path for path in own if path.is_dir())):
+            models.remove_litter(place)
+        own = left_in(folder)
+        files = [file for path in own for file in (path.rglob("*") if path.is_dir() else [path])]
+        if keep and any(file.suffix == ".pt" or file.name == "results.json" for file in files):
+            aside = next(p for n in itertools.count(1) if not (p := folder / f"kept-{n}").exists())
+            aside.mkdir()
+            for path in own:
+                os.replace(path, aside / path.name)
+            print(f"what an earlier run left in {shown} is kept in {Path(shown) / aside.name}")
+
+    models.CLAIMED[folder] = first_write
+
+
+def releasing(main):
+    """Decorator of a script's main(): the folders that it claims are free for other processes when it ends."""
+
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        finally:
+            for file in locks.values():
+                with contextlib.suppress(OSError):
+                    os.unlink(file.name)
+                file.close()
+            locks.clear()
+            models.CLAIMED.clear()
+
+    return run
 
 
 def pick_device(name):
@@ -789,7 +878,7 @@ def results(model, checkpoint, metrics, *, command, split, seconds, device, path
 
 
 def write_json(path, obj):
-    """Write JSON whole or not at all (temporary file, then rename). NaN and infinity, which JSON lacks, become null."""
+    """Write JSON, whole or not at all. NaN and infinity, which JSON lacks, become null."""
 
     def plain(x):
         if isinstance(x, dict):
@@ -801,8 +890,16 @@ def write_json(path, obj):
             return None
         return x if x is None or isinstance(x, (bool, int, float, str)) else str(x)
 
-    with models.replacing(path) as temporary:
-        temporary.write_text(json.dumps(plain(obj), indent=2) + "\n")
+    models.write_text(path, json.dumps(plain(obj), indent=2) + "\n")
+
+
+def write_csv(path, rows, columns=None):
+    """Write dicts as CSV, whole or not at all. columns: left out: every key, empty where a row lacks it."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or dict.fromkeys(k for row in rows for k in row), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    models.write_text(path, text.getvalue())
 
 
 class Stage(NamedTuple):
@@ -949,10 +1046,13 @@ def predict_images(model, info, files, out, *, device, size=None, fit=None, crf=
     """
     from PIL import Image
 
-    out.mkdir(parents=True, exist_ok=True)
     stems = [file.stem for file in files]
-    written = []
-    for file in tqdm(files, desc="predict", leave=False, disable=len(files) < 2):
+    # a.png beside a.jpg: names that tell them apart
+    names = [file.stem if stems.count(file.stem) == 1 else file.name.replace(".", "_") for file in files]
+    written = [out / f"{name}_{kind}.png" for name in names for kind in ("ids", "overlay")]
+    if lost := {os.path.realpath(path) for path in files} & {os.path.realpath(path) for path in written}:
+        raise DataError(f"--out {out}: {min(lost)} is one of --images, and would be overwritten: name another folder")
+    for file, name in zip(tqdm(files, desc="predict", leave=False, disable=len(files) < 2), names, strict=True):
         image = datasets.decode_image(file)
         height, width = image.shape[-2:]
         scale = min(fit[0] / height, fit[1] / width) if fit else 1
@@ -960,12 +1060,12 @@ def predict_images(model, info, files, out, *, device, size=None, fit=None, crf=
         batch = datasets.eval_transform(info, seen)(tv_tensors.Image(image))[None].to(device)
         refine = functools.partial(refine_with_crf, photos=[image], **crf) if crf else None
         ids = predict(model, batch, size=(height, width), refine=refine, **predict_options)[0].cpu()
-        name = file.stem if stems.count(file.stem) == 1 else file.name.replace(".", "_")  # a.png beside a.jpg
         grey = ids.numpy() if ids.dtype == torch.uint8 else ids.numpy().astype("uint16")
-        Image.fromarray(grey).save(out / f"{name}_ids.png")
-        Image.fromarray(overlay(image, ids, info.palette).permute(1, 2, 0).numpy()).save(out / f"{name}_overlay.png")
-        written += [str(out / f"{name}_ids.png"), str(out / f"{name}_overlay.png")]
-    return written
+        colours = overlay(image, ids, info.palette).permute(1, 2, 0).numpy()
+        for kind, pixels in (("ids", grey), ("overlay", colours)):
+            with models.replacing(out / f"{name}_{kind}.png") as temporary:
+                Image.fromarray(pixels).save(temporary, "PNG")
+    return list(map(str, written))
 
 
 def open_scored(
@@ -1033,6 +1133,7 @@ def print_classes(metrics, classes):
     print_table([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 
 
+@releasing
 def main(argv=None):
     """Run the command line; returns what results.json holds."""
     args = make_parser().parse_args(argv)
@@ -1044,6 +1145,10 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     model, checkpoint = models.load_checkpoint(args.weights, device=device)
     out, rows = out_folder(args.out, "evaluate", dry_run=args.dry_run), []
+    if run_files := sorted(out.glob("*.pt")):
+        raise ModelError(f"--out {out} is the folder of {run_files[0].name}, whose results.json would be overwritten: "
+                         "name another")  # fmt: skip
+    claim(out, keep=False)
     if not args.adapter:
         return run(args, model, checkpoint, command, device, out)
     for i, path in enumerate(args.adapter, 1):
@@ -1054,8 +1159,8 @@ def main(argv=None):
         done = run(args, model, own, command, device, out if len(args.adapter) == 1 else out / str(i))
         rows.append(row | {key: done[key] for key in ("dataset", "miou", "macc", "aacc")})
         undo()
-    print_table(rows)
     write_json(out / "results.json", done := done | {"adapters": rows})
+    print_table(rows)
     return done
 
 
@@ -1081,7 +1186,6 @@ def run(args, model, checkpoint, command, device, out):
         )  # fmt: skip
         loading = {"batch_size": args.batch_size, "workers": args.workers}
         metrics = score(model, dataset, device=device, out=out, boundary=args.boundary, **loading, **options)
-        print_classes(metrics, dataset.info.classes)
         extra["dataset"] = dataset.info.name
     if crf:
         cost = 1000 * sum(crf["seconds"]) / len(crf["seconds"])
@@ -1092,6 +1196,7 @@ def run(args, model, checkpoint, command, device, out):
     if files:
         print(f"wrote {len(extra['written'])} files for {len(files)} images to {out}/")
     else:
+        print_classes(metrics, dataset.info.classes)
         shown = ("model", "dataset", "split", "pretrained", "miou", "macc", "aacc", "boundary_iou", "images_per_second")
         print()
         print_table([{key: done[key] for key in shown}])
