@@ -19,7 +19,6 @@ about six such tensors.
 """
 
 import argparse
-import contextlib
 import copy
 import csv
 import functools
@@ -733,30 +732,6 @@ def out_folder(out, name, *, dry_run):
 
 
 PARTS = ("control", "seed-*", "amount-*", "lora-*", "head", "classifier", "full")  # subfolders of distill, prune, lora
-locks = {}  # {folder: its lock, open}, of the runs of this process
-
-
-def left_in(folder):
-    """What a run left in its folder: files, and the folders of its parts."""
-    there = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")] if folder.is_dir() else []
-    return [path for path in there if path.is_file() or any(path.match(part) for part in PARTS)]
-
-
-def locked(path):
-    """The file `path`, open and locked; None where another process has it."""
-    while True:
-        file = open(path, "a")  # noqa: SIM115
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this kind, which no worker that outlives us inherits
-        except (BlockingIOError, PermissionError):
-            file.close()
-            return None
-        except OSError:  # a file system that knows no locks
-            return file
-        with contextlib.suppress(FileNotFoundError):  # who had it before may have removed it in the meantime
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        file.close()
 
 
 def claim(folder, *, inputs=(), keep=True):
@@ -766,33 +741,15 @@ def claim(folder, *, inputs=(), keep=True):
     inputs: paths that are read. Raises ModelError where one of them would be overwritten, or where another process has
     the folder: the lock ends with its process, however that ends.
     """
-    shown, folder = folder, Path(os.path.realpath(folder))
+    run = RunFolder(folder, keep)
     for path in map(Path, inputs):
         real = Path(os.path.realpath(path))
         places = {real, *real.parents, Path(os.path.realpath(path.parent), path.name)}
-        if real == folder or any(places & {own, Path(os.path.realpath(own))} for own in left_in(folder)):
-            raise ModelError(f"--out {shown} holds {path}, which would be overwritten: name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl and folder not in locks:
-        if not (file := locked(folder / ".lock")):
-            raise ModelError(f"--out {shown}: another run is writing there; name another folder")
-        locks[folder] = file
-
-    @functools.cache  # what is to be done once
-    def first_write():
-        own = left_in(folder)
-        for place in (folder, *(path for path in own if path.is_dir())):
-            models.remove_litter(place)
-        own = left_in(folder)
-        files = [file for path in own for file in (path.rglob("*") if path.is_dir() else [path])]
-        if keep and any(file.suffix == ".pt" or file.name == "results.json" for file in files):
-            aside = next(p for n in itertools.count(1) if not (p := folder / f"kept-{n}").exists())
-            aside.mkdir()
-            for path in own:
-                os.replace(path, aside / path.name)
-            print(f"what an earlier run left in {shown} is kept in {Path(shown) / aside.name}")
-
-    models.CLAIMED[folder] = first_write
+        if real == run.folder or any(places & {own, Path(os.path.realpath(own))} for own in run.files()):
+            raise ModelError(f"--out {folder} holds {path}, which would be overwritten: name another folder")
+    if run.folder not in models.CLAIMED:
+        run.lock()
+        models.CLAIMED[run.folder] = run
 
 
 def releasing(main):
@@ -803,14 +760,73 @@ def releasing(main):
         try:
             return main(argv)
         finally:
-            for file in locks.values():
-                with contextlib.suppress(OSError):
-                    os.unlink(file.name)
-                file.close()
-            locks.clear()
-            models.CLAIMED.clear()
+            while models.CLAIMED:
+                models.CLAIMED.popitem()[1].release()
 
     return run
+
+
+class RunFolder:
+    """A folder while a run has it; called before anything is written there."""
+
+    def __init__(self, folder, keep):
+        self.shown, self.folder, self.keep = folder, Path(os.path.realpath(folder)), keep
+        self.written, self.aside, self.file = False, None, None
+
+    def files(self):
+        """What a run leaves there: files, and the folders of its parts."""
+        there = [path for path in sorted(self.folder.glob("*")) if not path.name.startswith(".")]
+        return [path for path in there if path.is_file() or any(path.match(part) for part in PARTS)]
+
+    def has(self, *ends):
+        """Whether a file of a run ends like that."""
+        files = (file for path in self.files() for file in (path.rglob("*") if path.is_dir() else [path]))
+        return any(file.name.endswith(ends) for file in files)
+
+    def lock(self):
+        """Raise ModelError where another process has the lock, which is gone with its process, not with its file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / ".lock"
+        while fcntl:
+            self.file = open(path, "a")  # noqa: SIM115
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kind that no worker inherits and outlives
+            except (BlockingIOError, PermissionError):
+                self.file.close()
+                raise ModelError(f"--out {self.shown}: another run is writing there; name another folder") from None
+            except OSError:  # a file system that knows no locks
+                return
+            if path.exists() and os.path.samestat(os.fstat(self.file.fileno()), os.stat(path)):
+                return
+            self.file.close()  # who had it has just removed it
+
+    def __call__(self):
+        if self.written:
+            return
+        self.written = True
+        for place in (self.folder, *filter(Path.is_dir, self.files())):
+            models.remove_litter(place)
+        if self.keep and self.has(".pt", "results.json"):
+            names = (f"kept-{n}" for n in itertools.count(1))
+            self.aside = next(self.folder / name for name in names if not (self.folder / name).exists())
+            self.move(self.files(), self.aside)
+            print(f"what an earlier run left in {self.shown} is kept in {Path(self.shown) / self.aside.name}")
+
+    def move(self, paths, where):
+        where.mkdir(exist_ok=True)
+        for path in paths:
+            models.remove(where / path.name)
+            os.replace(path, where / path.name)
+
+    def release(self):
+        """Leave the folder; where no checkpoint was written, to what had been kept aside."""
+        if self.aside and not self.has(".pt"):
+            self.move(list(self.aside.iterdir()), self.folder)
+            self.aside.rmdir()
+            print(f"no checkpoint was written: what was in {self.shown} is there again")
+        if self.file:
+            (self.folder / ".lock").unlink(missing_ok=True)
+            self.file.close()
 
 
 def pick_device(name):

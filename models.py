@@ -98,7 +98,7 @@ def replacing(path):
             raise OSError(cause.errno, f"{cause.strerror}; left as it was", str(path)) from error
         raise
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def write_text(path, text):
@@ -107,7 +107,8 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
-def _remove(path):
+def remove(path):
+    """Remove a file or a folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -119,7 +120,7 @@ def remove_litter(folder, name="*"):
     for path in folder.glob(f"{name if name == '*' else glob.escape(name)}.*.tmp"):
         pid = path.name.split(".")[-2]
         if pid.isdecimal() and not _runs(int(pid)):
-            _remove(path)
+            remove(path)
 
 
 def _runs(pid):

@@ -689,7 +689,7 @@ def parse(parser, argv, *, script, name, inherits=(), fixed=()):
     known, last = {}, None
     if args.resume:
         last = read_last(source / "last.pt", script)
-        known = flags_of(last, parser, source / "last.pt")
+        known = read_flags(last["args"], parser, source / "last.pt")
         if lacking := {*FIXED_FLAGS, *fixed} - known.keys():
             raise ModelError(f"{source / 'last.pt'} does not say what --{min(lacking).replace('_', '-')} was")
         changed = [k for k in (*FIXED_FLAGS, *fixed) if k in given and plain(given[k]) != known.get(k)]
@@ -697,24 +697,24 @@ def parse(parser, argv, *, script, name, inherits=(), fixed=()):
             flags = ", ".join(f"--{k.replace('_', '-')}" for k in changed)
             raise ModelError(f"--resume goes on with the run in {source / 'last.pt'}: {flags} cannot change now")
     elif inherits:
-        known = flags_of(models.read_checkpoint(args.weights), parser, args.weights)
+        known = models.read_checkpoint(args.weights)["args"]
         of_groups = {a.dest for group in parser._action_groups if group.title in inherits for a in group._group_actions}
-        known = {k: v for k, v in known.items() if k in of_groups}
+        known = read_flags({k: v for k, v in known.items() if k in of_groups}, parser, args.weights)
     own = ("out", "resume", "dry_run")
     parser.set_defaults(**{k: v for k, v in known.items() if k in vars(args) and k not in own})
     args = parser.parse_args(argv)
     out = evaluate.out_folder(args.out, name, dry_run=args.dry_run)
-    if last and out != source:  # of a dry run, which leaves the run alone
+    if last and out != source and (source / "best.pt").exists():  # of a dry run, which leaves the run alone
         with models.replacing(out / "best.pt") as temporary:
             shutil.copy(source / "best.pt", temporary)
     args.out, args.run = str(out), last.get("run", "") if last else uuid.uuid4().hex
     return args, last
 
 
-def flags_of(checkpoint, parser, path):
-    """The flags that a checkpoint holds, read as those of a command line are. ModelError, which names its `path`, where
-    one is no value of its flag."""
-    reader, known, words = copy.deepcopy(parser), checkpoint["args"], []
+def read_flags(known, parser, path):
+    """The flags that the checkpoint at `path` holds, read as those of a command line are. ModelError where one is no
+    value of its flag."""
+    reader, words = copy.deepcopy(parser), []
 
     def refuse(message):
         raise ModelError(f"{path} was not written by these scripts, by its flags: {message}")
@@ -727,8 +727,8 @@ def flags_of(checkpoint, parser, path):
                 refuse(f"{flags[0]} {value}")
             words += flags[:1] if value else flags[1:2] if value is False else []
         elif value is not None and action.nargs != 0:
-            words += [flags[0], *map(str, value)] if isinstance(value, list) and value else []
-            words += [] if isinstance(value, list) else [f"{flags[0]}={value}"]
+            many = list(value) if isinstance(value, (list, tuple)) else None
+            words += [f"{flags[0]}={value}"] if many is None else [flags[0], *map(str, many)] if many else []
     read = vars(reader.parse_args(words))
     return known | {k: read[k] for k in read if known.get(k) is not None}
 
