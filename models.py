@@ -1698,88 +1698,82 @@ def _read(path, device="cpu"):
             raise ModelError(f"{path} is not a PyTorch weights file, or is damaged ({why})") from error
 
 
-def _text(x):
+def is_text(x):
     return type(x) is str
 
 
-def _number(x):
+def is_number(x):
     return type(x) in (int, float)
 
 
-def _whole(x, low=0, high=2**53):
+def is_whole(x, low=0, high=2**53):
     return type(x) is int and low <= x <= high
 
 
-def _sides(x):
-    return x is None or (len(x) == 2 and all(_whole(side, 1, 2**16) for side in x))
+def is_size(x):
+    return x is None or (len(x) == 2 and all(is_whole(side, 1, 2**16) for side in x))
 
 
-def _plain(x, depth=20):
+def is_plain(x, depth=20):
     """Whether x is made of nothing but what JSON has."""
     if type(x) is dict:
-        return all(map(_text, x)) and _plain(list(x.values()), depth)
+        return all(map(is_text, x)) and is_plain(list(x.values()), depth)
     if type(x) in (list, tuple):
-        return depth > 0 and all(_plain(value, depth - 1) for value in x)
+        return depth > 0 and all(is_plain(value, depth - 1) for value in x)
     return x is None or type(x) in (bool, int, float, str)
 
 
-def _tensors(x):
+def are_tensors(x):
     """Whether x holds nothing but plain tensors, by name."""
-    kinds = all(map(_text, x)) and all(map(torch.is_tensor, x.values()))
-    return kinds and not any(t.layout != torch.strided or t.is_complex() or t.is_meta for t in x.values())
+    kinds = all(map(is_text, x)) and all(map(torch.is_tensor, x.values()))
+    return kinds and not any(
+        t.layout != torch.strided or t.is_complex() or t.is_meta or t.is_quantized for t in x.values()
+    )
 
 
 # fields of a checkpoint, None where absent -> whether they are what save_checkpoint() writes; an exception says no
 FIELDS = {
-    **dict.fromkeys(("id", "command", "pretrained"), _text),
-    "run": lambda x: x is None or _text(x),
-    "build": lambda x: _plain(x) and _whole(x["num_classes"], 2, 2**16) and "pretrained" not in x,
+    **dict.fromkeys(("id", "command", "pretrained"), is_text),
+    "run": lambda x: x is None or is_text(x),
+    "build": lambda x: is_plain(x) and is_whole(x["num_classes"], 2, 2**16) and "pretrained" not in x,
     "data": lambda x: (
-        _plain(x)
+        is_plain(x)
         and x.keys() <= {"name", "classes", "palette", "size", "ignore_index", "mean", "std", "options"}
-        and all(map(_text, [x["name"], *x["classes"]]))
+        and type(x["classes"]) in (list, tuple)
+        and all(map(is_text, [x["name"], *x["classes"]]))
         and len(x["palette"]) == len(x["classes"])
-        and all(len(colour) == 3 and all(_whole(c, 0, 255) for c in colour) for colour in x["palette"])
-        and _sides(x["size"])
-        and _whole(x.get("ignore_index", 255), 0, 255)
+        and all(len(colour) == 3 and all(is_whole(c, 0, 255) for c in colour) for colour in x["palette"])
+        and is_size(x["size"])
+        and is_whole(x.get("ignore_index", 255), 0, 255)
         and all(len(x.get(k, "rgb")) == 3 and all(math.isfinite(v) for v in x.get(k, ())) for k in ("mean", "std"))
         and min(x.get("std", [1])) > 0
         and type(x.get("options", {})) is dict
     ),
-    "compression": lambda x: _plain(x) and all(STEPS.get(step["step"], bool)(step) for step in x),
-    "metrics": lambda x: all(map(_text, x)) and all(v is None or _number(v) for v in x.values()),
-    "args": lambda x: _plain(x) and type(x.get("data_root", "")) in (str, type(None)) and _sides(x.get("crop")),
-    "lineage": lambda x: type(x) is list and _plain(x),
-    "training": lambda x: x is None or (
-        _whole(x["step"])
-        and _whole(x["loss_count"])
-        and math.isfinite(x["seconds"] + x["loss_sum"])
-        and all(_number(v) for row in x["history"] for v in row.values())
-        and (x["best"] is None or all(map(_number, [x["best"]["miou"], *x["best"].values()])))
-        and (x["ema"] is None or (_whole(x["ema"]["updates"]) and _tensors(x["ema"]["shadow"])))
-        and _tensors(x["objective"])
-        and _tensors(x.get("adapter", {}))
-    ),
+    "compression": lambda x: is_plain(x) and all(STEPS.get(step["step"], bool)(step) for step in x),
+    "metrics": lambda x: all(map(is_text, x)) and all(v is None or is_number(v) for v in x.values()),
+    "args": lambda x: is_plain(x) and type(x.get("data_root", "")) in (str, type(None)) and is_size(x.get("crop")),
+    "lineage": lambda x: type(x) is list and is_plain(x),
+    "training": lambda x: x is None or type(x) is dict,
 }  # fmt: skip
 STEPS = {  # the same of a step of compression
-    "prune": lambda x: x["kind"] in ("weights", "channels") and type(x["plan"]) is dict and _whole(x.get("turn", 0)),
+    "prune": lambda x: x["kind"] in ("weights", "channels") and type(x["plan"]) is dict and is_whole(x.get("turn", 0)),
     "quantize": lambda x: (
-        all(map(_text, [x["method"], x["state"], *x["left"].values(), *x["weights_only"].values()]))
-        and _whole(x["bits"], 1, 8)
+        all(map(is_text, [x["method"], x["state"], *x["left"].values(), *x["weights_only"].values()]))
+        and is_whole(x["bits"], 1, 8)
         and all(math.isfinite(v) and v >= 0 for v in x["macs"].values())
         and x["total_macs"] > 0
     ),
 }
 ADAPTER = {  # the same of what lora.py writes
-    "state": _tensors,
-    "numbers": lambda x: all(map(_whole, x.values())),
-    "options": _plain,
-    "base": lambda x: _text(x["id"]) and _text(x["hash"]),
+    "state": are_tensors,
+    "numbers": lambda x: all(map(is_whole, x.values())),
+    "options": is_plain,
+    "base": lambda x: is_text(x["id"]) and is_text(x["hash"]),
     **{key: FIELDS[key] for key in ("data", "build", "args", "metrics")},
 }
 
 
-def _check(found, fields, path):
+def check_fields(found, fields, path):
     """Raise ModelError where a file holds something else than `fields` says."""
     for key, is_right in fields.items():
         with contextlib.suppress(Exception):  # whatever a wrong type leads to
@@ -1796,7 +1790,7 @@ def _weights(packed):
             raise ValueError(f"{name} is shorter than its shape")
         tensor = unpack_zeros(value)
         state[name] = tensor.float() if tensor.is_floating_point() else tensor
-    if not _tensors(state):
+    if not are_tensors(state):
         raise ValueError("tensors of another kind")
     return state
 
@@ -1808,9 +1802,9 @@ def read_checkpoint(path, *, device="cpu"):
     checkpoint = _read(path, device)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint or "build" not in checkpoint:
         raise ModelError(f"{path} holds tensors but is not a checkpoint of these scripts: train.py writes one")
-    if _whole(checkpoint["format"], FORMAT + 1):
+    if is_whole(checkpoint["format"], FORMAT + 1):
         raise ModelError(f"{path} has format {checkpoint['format']}, newer than {FORMAT}: update these scripts")
-    _check(checkpoint, FIELDS | {"format": _whole}, path)
+    check_fields(checkpoint, FIELDS | {"format": is_whole}, path)
     if len(checkpoint["data"]["classes"]) != checkpoint["build"]["num_classes"]:
         raise ModelError(f"{path} has names for {len(checkpoint['data']['classes'])} of its network's "
                          f"{checkpoint['build']['num_classes']} classes")  # fmt: skip
@@ -1874,7 +1868,7 @@ def load_adapter(model, checkpoint, path):
     own = checkpoint["hash"] = checkpoint.get("hash") or fingerprint(checkpoint["state_dict"])
     if not isinstance(adapter, dict) or "adapter" not in adapter:
         raise ModelError(f"{path} is no adapter: lora.py writes one, beside its best.pt")
-    _check(adapter, ADAPTER, path)
+    check_fields(adapter, ADAPTER, path)
     demand_finite(adapter["state"].items(), f"{path} cannot be used")
     base = adapter["base"]
     if own != base["hash"]:

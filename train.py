@@ -327,6 +327,17 @@ def train_step(
     return total
 
 
+TRAINING = {  # what a Keeper puts into last.pt -> whether it is that; see models.FIELDS
+    **dict.fromkeys(("step", "loss_count"), models.is_whole),
+    **dict.fromkeys(("seconds", "loss_sum"), math.isfinite),
+    "history": lambda x: type(x) is list and all(models.is_number(v) for row in x for v in row.values()),
+    "best": lambda x: x is None or all(map(models.is_number, (x["miou"], *x.values()))),
+    "ema": lambda x: x is None or (models.is_whole(x["updates"]) and models.are_tensors(x["shadow"])),
+    "objective": models.are_tensors,
+    "adapter": lambda x: x is None or models.are_tensors(x),
+}
+
+
 class Keeper:
     """What a run leaves behind: evaluates where it is due, keeps best.pt, last.pt, history.csv and the running sums.
 
@@ -740,6 +751,7 @@ def read_last(path, script):
     last = models.read_checkpoint(path)
     if "training" not in last:
         raise ModelError(f"{path} has no training state: it cannot be resumed")
+    models.check_fields(last["training"], TRAINING, path)
     wrote = last["command"].split()[1:2]
     if wrote != [script]:
         raise ModelError(f"{path} is of a run of {' '.join(wrote)}, not of {script}: go on with that script")
