@@ -73,7 +73,7 @@ from models import (
     load_checkpoint,
     model_name,
     read_checkpoint,
-    replacing,
+    write_text,
 )
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -87,11 +87,12 @@ PAUSE = 0.05  # seconds before a turn: the thread pools of the network before it
 def discover(folder):
     """Paths of the finished checkpoints under `folder`, sorted; what is none of them is named on stderr.
 
-    What has training state (last.pt) is left out: the weights that count stand beside it. So is the folder dry-run.
+    What has training state (last.pt) is left out: the weights that count stand beside it. So are the folder dry-run,
+    and those in which earlier runs are kept aside.
     """
     found = []
     for path in sorted(Path(folder).rglob("*.pt")):
-        if "dry-run" in path.relative_to(folder).parts[:-1]:
+        if any(part == "dry-run" or part.startswith("kept-") for part in path.relative_to(folder).parts[:-1]):
             continue
         try:
             if "training" not in read_checkpoint(path):
@@ -559,9 +560,18 @@ def measure(wanted, *, backends, device, dtype, threads, runs, size, batch, miou
     with tempfile.TemporaryDirectory() as folder:
         entries = []  # (subject, row, callable or None, ONNX file or None)
         for weights, build in tqdm(wanted, desc="load", leave=False, disable=None):
-            subject = open_subject(weights, build, size=size, batch=batch, dry_run=dry_run, dtype=dtype)
-            opened = open_rows(subject, backends, device=device, dtype=dtype, threads=threads, folder=folder)
+            try:
+                subject = open_subject(weights, build, size=size, batch=batch, dry_run=dry_run, dtype=dtype)
+                opened = open_rows(subject, backends, device=device, dtype=dtype, threads=threads, folder=folder)
+            except Exception as error:  # one file that is no good must not lose the others' rows
+                if len(wanted) == 1:
+                    raise
+                known = isinstance(error, (ModelError, DataError))
+                print(f"skipped: {error if known else f'{weights}: {export_onnx.first_words(error)}'}", file=sys.stderr)
+                continue
             entries += [(subject, *rest) for rest in opened]
+        if not entries:
+            raise ModelError("none of the networks can be measured")
         running = [entry for entry in entries if entry[2]]
         for *_, run, _ in running:
             for _ in range(1 if dry_run else WARM_UP):
@@ -877,12 +887,10 @@ def draw_bars(panels, rows):
 
 def write(rows, out):
     """Write the rows as benchmark.json, .csv, .md and .png into the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
     name_rows(rows)
     evaluate.write_json(out / "benchmark.json", rows)
     for kind, text in (("csv", csv_text(rows)), ("md", markdown_text(rows))):
-        with replacing(out / f"benchmark.{kind}") as temporary:
-            temporary.write_text(text)
+        write_text(out / f"benchmark.{kind}", text)
     draw(rows, out / "benchmark.png")
 
 
@@ -947,10 +955,12 @@ def wanted_networks(args):
     return wanted
 
 
+@evaluate.releasing
 def main(argv=None):
     """Run the command line; returns the rows that benchmark.json holds."""
     args = make_parser().parse(argv)
     out = evaluate.out_folder(args.out, "benchmark" if args.dry_run else "", dry_run=args.dry_run)
+    evaluate.claim(out, keep=False)
     if args.figures_from:
         rows = merge(args.figures_from)
     else:

@@ -53,7 +53,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from models import ModelError, one_line
+from models import ModelError, one_line, print_anything, replacing
 from scenes import CITYSCAPES_CLASSES, draw_scene
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
@@ -1215,13 +1215,16 @@ def make_parser():
 def main(argv=None):
     """Run the command line."""
     parser = make_parser()
+    print_anything()
     try:
         args = parser.parse(argv)
         where = dict(root=args.data_root, size=args.size, options=option_values(args))
         dataset = open_dataset(args.dataset, args.split, cache=False, **where)
         sheet = contact_sheet(dataset, 2 if args.dry_run else args.count)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(args.out, optimize=True)
+        with replacing(args.out) as temporary:
+            sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+                temporary, "PNG", optimize=True
+            )
     except (DataError, ModelError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"wrote {args.out}: {args.dataset}/{args.split}, {len(dataset)} images, {len(dataset.info.classes)} classes")

@@ -369,6 +369,7 @@ def make_parser():
     return parser
 
 
+@evaluate.releasing
 def main(argv=None):
     """Run the command line; returns what results.json holds."""
     start = time.perf_counter()
@@ -393,7 +394,9 @@ def run(args, last, command, device, start):
     kinds = ("student", "control") if args.control and args.mode != "none" else ("student",)
     args.run_epochs = dict.fromkeys(kinds, args.epochs)
     if args.minutes:
-        args.run_epochs = last["args"]["run_epochs"] if last else epochs_in(args, kinds, teacher, parent, device)
+        args.run_epochs = last["args"].get("run_epochs") if last else epochs_in(args, kinds, teacher, parent, device)
+        if not isinstance(args.run_epochs, dict) or any(type(args.run_epochs.get(kind)) is not int for kind in kinds):
+            raise ModelError(f"{parent.out / 'last.pt'} does not say how many epochs were to fit into --minutes")
     runs = {kind: [] for kind in kinds}
     for turn in range(args.seeds):
         for kind in kinds:
@@ -420,7 +423,7 @@ def make_run(args, kind, teacher, parent, device, last=None):
     train.set_seed(args.seed, deterministic=args.deterministic)
     model, source = make_student(args, parent)
     if last:
-        model.load_state_dict(last["state_dict"])
+        models.copy_tensors(model.state_dict(), last["state_dict"], "weights")
     model = model.to(device, memory_format=torch.channels_last)
     tokens = has_tokens(model) and has_tokens(teacher.networks[0])
     given = {term: getattr(args, f"{term}_weight") for term in TERMS}
@@ -454,8 +457,9 @@ def epochs_in(args, kinds, teacher, parent, device):
 def train_one(args, kind, command, teacher, parent, before, device, *, resumed):
     """One training -> what fit_by_flags() returns, and its objective, folder and epochs."""
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     last = train.read_last(out / "last.pt", "distill.py") if resumed and (out / "last.pt").is_file() else None
+    if last and last["run"] != args.run:
+        raise ModelError(f"{out / 'last.pt'} is of another run than {args.out}: remove it")
     objective, source = make_run(args, kind, teacher, parent, device, last)
     line = [*source["lineage"], train.ancestor(source)] if source else []
     if kind == "student" and source is not parent.checkpoint:

@@ -28,8 +28,10 @@ import argparse
 import base64
 import contextlib
 import copy
+import csv
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -58,6 +60,11 @@ import datasets
 import models
 from datasets import DataError, DataInfo, count, image_scale, pixels, positive_int, thread_count, worker_count
 from models import ModelError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart
+    fcntl = None
 
 try:
     import resource
@@ -590,8 +597,6 @@ def save_figure(figure, path, *, limit=200_000):
     """Write a matplotlib figure as PNG of 256 colours, at 100 dpi or as many as keep it under `limit` bytes."""
     from PIL import Image
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     for dpi in (100, 80, 65, 50, 40):
         drawn, packed = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, dpi=dpi)
@@ -601,7 +606,8 @@ def save_figure(figure, path, *, limit=200_000):
         image.save(packed, "PNG", optimize=True)
         if packed.tell() < limit:
             break
-    path.write_bytes(packed.getvalue())
+    with models.replacing(path) as temporary:
+        temporary.write_bytes(packed.getvalue())
 
 
 def plot_confusion(matrix, classes, path):
@@ -956,6 +962,7 @@ def second_signal_ends():
 def run_cli(main):
     """Run a script's main(): what the user can mend ends as one line `error: ...` and exit status 2, a signal with
     128 + its number."""
+    models.print_anything()
     try:
         try:
             with second_signal_ends(), StopSignal(raising=True):
@@ -1004,6 +1011,104 @@ def out_folder(out, name, *, dry_run):
     """Where a run writes: --out, else checkpoints/NAME, of a dry run checkpoints/dry-run/NAME: two steps must not
     replace a real result."""
     return Path(out) if out else Path(ROOT, *(["dry-run"] if dry_run else []), name)
+
+
+PARTS = ("control", "seed-*", "amount-*", "lora-*", "head", "classifier", "full")  # subfolders of distill, prune, lora
+
+
+def claim(folder, *, inputs=(), keep=True):
+    """Make `folder` that of a run, until its main() ends; see releasing(). What an earlier run left there is kept aside
+    when this one first writes something, unless `keep` is False, as where it goes on with that run.
+
+    inputs: paths that are read. Raises ModelError where one of them would be overwritten, or where another process has
+    the folder: the lock ends with its process, however that ends.
+    """
+    run = RunFolder(folder, keep)
+    for path in map(Path, inputs):
+        real = Path(os.path.realpath(path))
+        places = {real, *real.parents, Path(os.path.realpath(path.parent), path.name)}
+        if real == run.folder or any(places & {own, Path(os.path.realpath(own))} for own in run.files()):
+            raise ModelError(f"--out {folder} holds {path}, which would be overwritten: name another folder")
+    if run.folder not in models.CLAIMED:
+        run.lock()
+        models.CLAIMED[run.folder] = run
+
+
+def releasing(main):
+    """Decorator of a script's main(): the folders that it claims are free for other processes when it ends."""
+
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        finally:
+            while models.CLAIMED:
+                models.CLAIMED.popitem()[1].release()
+
+    return run
+
+
+class RunFolder:
+    """A folder while a run has it; called before anything is written there."""
+
+    def __init__(self, folder, keep):
+        self.shown, self.folder, self.keep = folder, Path(os.path.realpath(folder)), keep
+        self.written, self.aside, self.file = False, None, None
+
+    def files(self):
+        """What a run leaves there: files, and the folders of its parts."""
+        there = [path for path in sorted(self.folder.glob("*")) if not path.name.startswith(".")]
+        return [path for path in there if path.is_file() or any(path.match(part) for part in PARTS)]
+
+    def has(self, *ends):
+        """Whether a file of a run ends like that."""
+        files = (file for path in self.files() for file in (path.rglob("*") if path.is_dir() else [path]))
+        return any(file.name.endswith(ends) for file in files)
+
+    def lock(self):
+        """Raise ModelError where another process has the lock, which is gone with its process, not with its file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / ".lock"
+        while fcntl:
+            self.file = open(path, "a")  # noqa: SIM115
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kind that no worker inherits and outlives
+            except (BlockingIOError, PermissionError):
+                self.file.close()
+                raise ModelError(f"--out {self.shown}: another run is writing there; name another folder") from None
+            except OSError:  # a file system that knows no locks
+                return
+            if path.exists() and os.path.samestat(os.fstat(self.file.fileno()), os.stat(path)):
+                return
+            self.file.close()  # who had it has just removed it
+
+    def __call__(self):
+        if self.written:
+            return
+        self.written = True
+        for place in (self.folder, *filter(Path.is_dir, self.files())):
+            models.remove_litter(place)
+        if self.keep and self.has(".pt", "results.json"):
+            names = (f"kept-{n}" for n in itertools.count(1))
+            self.aside = next(self.folder / name for name in names if not (self.folder / name).exists())
+            self.move(self.files(), self.aside)
+            print(f"what an earlier run left in {self.shown} is kept in {Path(self.shown) / self.aside.name}")
+
+    def move(self, paths, where):
+        where.mkdir(exist_ok=True)
+        for path in paths:
+            models.remove(where / path.name)
+            os.replace(path, where / path.name)
+
+    def release(self):
+        """Leave the folder; where no checkpoint was written, to what had been kept aside."""
+        if self.aside and not self.has(".pt"):
+            self.move(list(self.aside.iterdir()), self.folder)
+            self.aside.rmdir()
+            print(f"no checkpoint was written: what was in {self.shown} is there again")
+        if self.file:
+            (self.folder / ".lock").unlink(missing_ok=True)
+            self.file.close()
 
 
 def pick_device(name):
@@ -1073,7 +1178,7 @@ def results(model, checkpoint, metrics, *, command, split, seconds, device, path
 
 
 def write_json(path, obj):
-    """Write JSON whole or not at all (temporary file, then rename). NaN and infinity, which JSON lacks, become null."""
+    """Write JSON, whole or not at all. NaN and infinity, which JSON lacks, become null."""
 
     def plain(x):
         if isinstance(x, dict):
@@ -1085,8 +1190,16 @@ def write_json(path, obj):
             return None
         return x if x is None or isinstance(x, (bool, int, float, str)) else str(x)
 
-    with models.replacing(path) as temporary:
-        temporary.write_text(json.dumps(plain(obj), indent=2) + "\n")
+    models.write_text(path, json.dumps(plain(obj), indent=2) + "\n")
+
+
+def write_csv(path, rows, columns=None):
+    """Write dicts as CSV, whole or not at all. columns: left out: every key, empty where a row lacks it."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or dict.fromkeys(k for row in rows for k in row), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    models.write_text(path, text.getvalue())
 
 
 class Stage(NamedTuple):
@@ -1238,10 +1351,13 @@ def predict_images(model, info, files, out, *, device, size=None, fit=None, crf=
     """
     from PIL import Image
 
-    out.mkdir(parents=True, exist_ok=True)
     stems = [file.stem for file in files]
-    written = []
-    for file in tqdm(files, desc="predict", leave=False, disable=len(files) < 2 or None):
+    # a.png beside a.jpg: names that tell them apart
+    names = [file.stem if stems.count(file.stem) == 1 else file.name.replace(".", "_") for file in files]
+    written = [out / f"{name}_{kind}.png" for name in names for kind in ("ids", "overlay")]
+    if lost := {os.path.realpath(path) for path in files} & {os.path.realpath(path) for path in written}:
+        raise DataError(f"--out {out}: {min(lost)} is one of --images, and would be overwritten: name another folder")
+    for file, name in zip(tqdm(files, desc="predict", leave=False, disable=len(files) < 2 or None), names, strict=True):
         image = datasets.decode_image(file)
         height, width = image.shape[-2:]
         scale = min(fit[0] / height, fit[1] / width) if fit else 1
@@ -1249,12 +1365,12 @@ def predict_images(model, info, files, out, *, device, size=None, fit=None, crf=
         batch = datasets.eval_transform(info, seen)(tv_tensors.Image(image))[None].to(device)
         refine = functools.partial(refine_with_crf, photos=[image], **crf) if crf else None
         ids = predict(model, batch, size=(height, width), refine=refine, **predict_options)[0].cpu()
-        name = file.stem if stems.count(file.stem) == 1 else file.name.replace(".", "_")  # a.png beside a.jpg
         grey = ids.numpy() if ids.dtype == torch.uint8 else ids.numpy().astype("uint16")
-        Image.fromarray(grey).save(out / f"{name}_ids.png")
-        Image.fromarray(overlay(image, ids, info.palette).permute(1, 2, 0).numpy()).save(out / f"{name}_overlay.png")
-        written += [str(out / f"{name}_ids.png"), str(out / f"{name}_overlay.png")]
-    return written
+        colours = overlay(image, ids, info.palette).permute(1, 2, 0).numpy()
+        for kind, picture in (("ids", grey), ("overlay", colours)):
+            with models.replacing(out / f"{name}_{kind}.png") as temporary:
+                Image.fromarray(picture).save(temporary, "PNG")
+    return list(map(str, written))
 
 
 def open_scored(
@@ -1329,6 +1445,7 @@ def print_classes(metrics, classes):
     print_table([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 
 
+@releasing
 def main(argv=None):
     """Run the command line; returns what results.json holds."""
     args = make_parser().parse(argv)
@@ -1338,6 +1455,10 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     model, checkpoint = models.load_checkpoint(args.weights, device=device)
     out, rows = out_folder(args.out, "evaluate", dry_run=args.dry_run), []
+    if run_files := sorted(out.glob("*.pt")):
+        raise ModelError(f"--out {out} is the folder of {run_files[0].name}, whose results.json would be overwritten: "
+                         "name another")  # fmt: skip
+    claim(out, keep=False)
     if not args.adapter:
         return run(args, model, checkpoint, command, device, out)
     for i, path in enumerate(args.adapter, 1):
@@ -1348,8 +1469,8 @@ def main(argv=None):
         done = run(args, model, own, command, device, out if len(args.adapter) == 1 else out / str(i))
         rows.append(row | {key: done[key] for key in ("dataset", "miou", "macc", "aacc")})
         undo()
-    print_table(rows)
     write_json(out / "results.json", done := done | {"adapters": rows})
+    print_table(rows)
     return done
 
 
@@ -1381,7 +1502,6 @@ def run(args, model, checkpoint, command, device, out):
         if gallery:
             name = f"{models.model_name(checkpoint['build'])} on {dataset.info.name}, {args.split}"
             gallery.write(out / "gallery.html", f"{name}: {metrics['miou']:.2f} mIoU")
-        print_classes(metrics, dataset.info.classes)
         extra["dataset"] = dataset.info.name
     if crf:
         cost = 1000 * sum(crf["seconds"]) / len(crf["seconds"])
@@ -1392,6 +1512,7 @@ def run(args, model, checkpoint, command, device, out):
     if files:
         print(f"wrote {len(extra['written'])} files for {len(files)} images to {out}/")
     else:
+        print_classes(metrics, dataset.info.classes)
         shown = ("model", "dataset", "split", "pretrained", "miou", "macc", "aacc", "boundary_iou", "images_per_second")
         print()
         print_table([{key: done[key] for key in shown}])

@@ -31,7 +31,6 @@ import math
 import os
 import sys
 import time
-import uuid
 import warnings
 from pathlib import Path
 
@@ -58,7 +57,7 @@ from int8 import (
     read,
     unpack4,
 )
-from models import ModelError, compression_summary, load_checkpoint, model_name, one_line
+from models import ModelError, compression_summary, load_checkpoint, model_name, one_line, replacing
 
 OPSET = 18  # the oldest that PyTorch's exporter writes, so the most widely read
 OUTPUTS = ("logits", "mask")
@@ -502,13 +501,13 @@ def data_files(path):
     return {Path(path).parent / Path(place).name for place in places}
 
 
-def replace(new, path):
-    """Give the file `new` the name `path`; weights it holds in other files stay where they are, old ones go."""
-    old, kept = data_files(path), data_files(new)
-    os.replace(new, path)
-    for file in old - kept:
-        with contextlib.suppress(OSError):
-            file.unlink()
+def is_onnx(path):
+    import onnx
+
+    try:
+        return bool(onnx.load(str(path), load_external_data=False).graph.output)
+    except Exception:  # whatever the bytes lead to
+        return False
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -537,12 +536,16 @@ def make_parser():
 
 
 def choose_path(args):
-    """Where the file goes. ModelError where that is the checkpoint itself, or a folder."""
+    """Where the file goes. ModelError where that is the checkpoint itself, a folder, or a file of another kind."""
     weights = Path(args.weights)
     folder = evaluate.out_folder(None, "", dry_run=True) if args.dry_run else weights.parent
     out = Path(args.out) if args.out else folder / f"{weights.stem}.onnx"
     if out.is_dir() or out.resolve() == weights.resolve():
         raise ModelError(f"--out {out}: {'is a folder' if out.is_dir() else 'is --weights'}; name a file")
+    numbers = Path(f"{out}.json")
+    for file, ours in ((out, is_onnx(out)), (numbers, numbers.is_file() and b'"opset"' in numbers.read_bytes())):
+        if file.exists() and not ours:
+            raise ModelError(f"--out {out}: {file} is there and was not written by an export; name another file")
     return out
 
 
@@ -560,24 +563,23 @@ def main(argv=None):
     images = check_images(dataset, size=size, stride=model.stride, any_size=not args.size)[
         : 3 if args.dry_run else None
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}")
-    scored = bool(args.dataset or args.data_root)
+    scored, old = bool(args.dataset or args.data_root), data_files(out)
     try:
-        opset = export(
-            model, new, size=args.size, opset=args.opset, raw_input=args.raw_input, output=args.output,
-            metadata=describe(checkpoint), external_data=args.external_data,
-        )  # fmt: skip
-        checks = check(new, model, images, info=info, repeats=1 if args.dry_run else 5)
-        metrics, miou_torch = score(new, model, dataset) if scored else ({}, None)
-        file_mb = sum(file.stat().st_size for file in (new, *data_files(new))) / 2**20
-        replace(new, out)
-    except BaseException as error:
-        for file in (new, Path(f"{new}.data")):
+        with replacing(out) as folder:
+            folder.mkdir()
+            new = folder / Path(os.path.realpath(out)).name
+            opset = export(
+                model, new, size=args.size, opset=args.opset, raw_input=args.raw_input, output=args.output,
+                metadata=describe(checkpoint), external_data=args.external_data,
+            )  # fmt: skip
+            checks = check(new, model, images, info=info, repeats=1 if args.dry_run else 5)
+            metrics, miou_torch = score(new, model, dataset) if scored else ({}, None)
+            file_mb = sum(file.stat().st_size for file in (new, *data_files(new))) / 2**20
+    except CheckError as error:
+        raise SystemExit(f"check failed: {error}\n{out} was not written") from None
+    for file in old - data_files(out):
+        if file.name.startswith(out.name):  # weights of the file that was there
             file.unlink(missing_ok=True)
-        if isinstance(error, CheckError):
-            raise SystemExit(f"check failed: {error}\n{out} was not written") from None
-        raise
     done = evaluate.results(
         model, checkpoint, metrics, command=command, split=args.split if scored else None,
         seconds=time.perf_counter() - start, device=torch.device("cpu"), path=args.weights,

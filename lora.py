@@ -369,6 +369,7 @@ def make_parser():
     return parser
 
 
+@evaluate.releasing
 def main(argv=None):
     """Run the command line; returns what results.json holds."""
     command = evaluate.command_line("lora.py", argv)
@@ -381,7 +382,6 @@ def main(argv=None):
             one.method, one.out = method, str(parent.out / method)
             if method.endswith("full"):
                 one.trunk, one.cache_features = "float", 0
-            Path(one.out).mkdir(exist_ok=True)
             rows.append(tune(one, command, parent._replace(out=Path(one.out)), device, None))
             if not rows[-1] or "stopped" in rows[-1]:
                 return rows[-1]
@@ -435,12 +435,11 @@ def tune(args, command, parent, device, last):
             training = training | {"adapter": state}
         else:
             about |= dict(base=base, build=model.build, options=patch.options, numbers=patch.numbers, metrics=metrics)
-            with models.replacing(parent.out / "adapter.pt") as temporary:
-                torch.save({"adapter": 1, "state": state, **about}, temporary)
+            models.write_tensors(parent.out / "adapter.pt", {"adapter": 1, "state": state, **about})
         write(path, model, metrics=metrics, training=training, state_dict=merged_state(model))
 
-    for name, tensor in patch.state().items() if last else ():
-        tensor.copy_(last["training"]["adapter"][name])
+    if last:
+        models.copy_tensors(patch.state(), last["training"].get("adapter", {}), "adapter's tensors")
     done = train.fit_by_flags(
         args, objective, train_set, parent.val_set, script="lora.py", device=device, save=save, last=last,
         factors=[(args.lr_ratio, ".lora_B")],
@@ -534,8 +533,8 @@ def compare(rows, out):
     axis.grid(alpha=0.3)
     evaluate.save_figure(figure, out / "methods.png")
     done = rows[-1] | {"methods": [{key: row[key] for key in COLUMNS} for row in rows]}
-    evaluate.print_table(done["methods"])
     evaluate.write_json(out / "results.json", done)
+    evaluate.print_table(done["methods"])
     return done
 
 

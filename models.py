@@ -20,14 +20,18 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without
 import contextlib
 import datetime
 import functools
+import glob
 import hashlib
 import inspect
 import itertools
 import math
 import os
+import shutil
+import sys
 import urllib.error
 import urllib.request
 import uuid
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,18 +61,84 @@ def one_line(error, limit=300):
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+CLAIMED = {}  # folder that a run writes to -> what is called whenever something is to be written there
+
+
+def print_anything():
+    """From now on, what stdout has no letters for is printed as \\u...; it does not end the program."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a path beside `path` to write to. It takes the name `path` when the block ends well, and goes otherwise: a
-    file is there whole, or as it was. Folders that are missing are made."""
-    path = Path(path)
+    """Yield a path beside `path` to write to: a file, or a folder with a file named like `path` and others that belong
+    to it. It takes the name `path` when the block ends well, and goes otherwise: a file is there whole, or as it was.
+    Folders that are missing are made, and a link is followed. Raises ModelError where something else than a file is
+    there, and OSError with `path` where the disk is full."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ModelError(f"{path} is {'a folder' if Path(path).is_dir() else 'no regular file'}: name a file to write")
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    claimed = [folder for folder in path.parents if folder in CLAIMED]
+    for folder in claimed:
+        CLAIMED[folder]()
+    if not claimed:
+        remove_litter(path.parent, path.name)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        for file in temporary.iterdir() if temporary.is_dir() else ():
+            if file.name != path.name:
+                path.unlink(missing_ok=True)  # the old one must not be read with what belongs to the new one
+                os.replace(file, path.with_name(file.name))
+        os.replace(temporary / path.name if temporary.is_dir() else temporary, path)
+    except Exception as error:
+        cause = error
+        while cause.__context__ and not isinstance(cause, OSError):  # torch.save() raises its own while it handles one
+            cause = cause.__context__
+        if getattr(cause, "errno", None) and str(cause.filename or temporary).startswith(str(temporary)):
+            raise OSError(cause.errno, f"{cause.strerror}; left as it was", str(path)) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def write_text(path, text):
+    """A text file, in UTF-8, that is there whole, or as it was."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def remove(path):
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_litter(folder, name="*"):
+    """Remove what replacing() was writing to in a folder, for files of that name, when its process was killed."""
+    for path in folder.glob(f"{name if name == '*' else glob.escape(name)}.*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdecimal() and not _runs(int(pid)):
+            remove(path)
+
+
+def _runs(pid):
+    """Whether there is another process of that number."""
+    if os.name == "nt":  # where os.kill() is no question
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return pid != os.getpid()
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
@@ -1584,28 +1654,34 @@ def fold_layer_scale(model):
 
 def save_checkpoint(
     path, model, *, data, pretrained, command, metrics=None, args=None, compression=(), lineage=(), training=None,
-    state_dict=None,
+    state_dict=None, run="",
 ):  # fmt: skip
     """Write a checkpoint that describes itself: plain types and tensors, to a temporary file that is then renamed.
 
     data: what DataInfo.to_dict() gives. lineage: one {"id", "command", "miou"} an ancestor. training: optimizer and
-    so on, for last.pt only. state_dict: in place of the model's own, in a form that its compression can read. Raises
-    OSError where it cannot be written, ModelError where a weight is not finite.
+    so on, for last.pt only. state_dict: in place of the model's own, in a form that its compression can read. run: id
+    that best.pt and last.pt of a run share. Raises OSError where it cannot be written, ModelError where a weight is not
+    finite.
     """
     state_dict = dict(model.state_dict() if state_dict is None else state_dict)
     demand_finite(state_dict.items(), f"{path} was not written")
     state_dict = {key: pack_zeros(tensor) for key, tensor in state_dict.items()}
     checkpoint = {
-        "format": FORMAT, "id": uuid.uuid4().hex, "command": command, "build": dict(model.build), "data": data,
-        "pretrained": pretrained, "compression": list(compression), "state_dict": state_dict,
+        "format": FORMAT, "id": uuid.uuid4().hex, "run": run, "command": command, "build": dict(model.build),
+        "data": data, "pretrained": pretrained, "compression": list(compression), "state_dict": state_dict,
         "metrics": metrics or {}, "args": args or {}, "lineage": list(lineage),
         "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)},
         "saved": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
     if training is not None:
         checkpoint["training"] = training
+    write_tensors(path, checkpoint)
+
+
+def write_tensors(path, content):
+    """torch.save() to a file that is there whole, or as it was."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
+        torch.save(content, file)
 
 
 def pack_zeros(tensor):
@@ -1639,14 +1715,123 @@ def demand_finite(tensors, consequence):
             raise ModelError(f"{name} is not finite: {consequence}")
 
 
+@no_grad
+def copy_tensors(own, saved, what):
+    """Copy the tensors of one dict into those of another. Raises ModelError, which says `what` they are, where names or
+    shapes differ."""
+    for name in own.keys() | saved.keys():
+        if name not in own or name not in saved or own[name].shape != saved[name].shape:
+            raise ModelError(f"the {what} of {name} do not fit the network")
+        own[name].copy_(saved[name])
+
+
 def _read(path, device="cpu"):
-    """torch.load() of plain types and tensors; one clear line where the file is not that."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises whatever the broken bytes lead to
-        raise ModelError(f"{path} is not a PyTorch weights file, or is damaged ({type(error).__name__})") from error
+    """torch.load() of plain types and tensors; one clear line where the file is not that, or a CRC in it is wrong."""
+    with open(path, "rb") as file:
+        try:
+            if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
+                raise ValueError(f"CRC of {part}")
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch and zipfile raise whatever the broken bytes lead to
+            why = f"{type(error).__name__}: {one_line(error, 60)}"
+            raise ModelError(f"{path} is not a PyTorch weights file, or is damaged ({why})") from error
+
+
+def is_text(x):
+    return type(x) is str
+
+
+def is_number(x):
+    return type(x) in (int, float)
+
+
+def is_whole(x, low=0, high=2**53):
+    return type(x) is int and low <= x <= high
+
+
+def is_size(x):
+    return x is None or (len(x) == 2 and all(is_whole(side, 1, 2**16) for side in x))
+
+
+def is_plain(x, depth=20):
+    """Whether x is made of nothing but what JSON has."""
+    if type(x) is dict:
+        return all(map(is_text, x)) and is_plain(list(x.values()), depth)
+    if type(x) in (list, tuple):
+        return depth > 0 and all(is_plain(value, depth - 1) for value in x)
+    return x is None or type(x) in (bool, int, float, str)
+
+
+def are_tensors(x):
+    """Whether x holds nothing but plain tensors, by name."""
+    kinds = all(map(is_text, x)) and all(map(torch.is_tensor, x.values()))
+    return kinds and not any(
+        t.layout != torch.strided or t.is_complex() or t.is_meta or t.is_quantized for t in x.values()
+    )
+
+
+# fields of a checkpoint, None where absent -> whether they are what save_checkpoint() writes; an exception says no
+FIELDS = {
+    **dict.fromkeys(("id", "command", "pretrained"), is_text),
+    "run": lambda x: x is None or is_text(x),
+    "build": lambda x: is_plain(x) and is_whole(x["num_classes"], 2, 2**16) and "pretrained" not in x,
+    "data": lambda x: (
+        is_plain(x)
+        and x.keys() <= {"name", "classes", "palette", "size", "ignore_index", "mean", "std", "options"}
+        and type(x["classes"]) in (list, tuple)
+        and all(map(is_text, [x["name"], *x["classes"]]))
+        and len(x["palette"]) == len(x["classes"])
+        and all(len(colour) == 3 and all(is_whole(c, 0, 255) for c in colour) for colour in x["palette"])
+        and is_size(x["size"])
+        and is_whole(x.get("ignore_index", 255), 0, 255)
+        and all(len(x.get(k, "rgb")) == 3 and all(math.isfinite(v) for v in x.get(k, ())) for k in ("mean", "std"))
+        and min(x.get("std", [1])) > 0
+        and type(x.get("options", {})) is dict
+    ),
+    "compression": lambda x: is_plain(x) and all(STEPS.get(step["step"], bool)(step) for step in x),
+    "metrics": lambda x: all(map(is_text, x)) and all(v is None or is_number(v) for v in x.values()),
+    "args": lambda x: is_plain(x) and type(x.get("data_root", "")) in (str, type(None)) and is_size(x.get("crop")),
+    "lineage": lambda x: type(x) is list and is_plain(x),
+    "training": lambda x: x is None or type(x) is dict,
+}  # fmt: skip
+STEPS = {  # the same of a step of compression
+    "prune": lambda x: x["kind"] in ("weights", "channels") and type(x["plan"]) is dict and is_whole(x.get("turn", 0)),
+    "quantize": lambda x: (
+        all(map(is_text, [x["method"], x["state"], *x["left"].values(), *x["weights_only"].values()]))
+        and is_whole(x["bits"], 1, 8)
+        and all(math.isfinite(v) and v >= 0 for v in x["macs"].values())
+        and x["total_macs"] > 0
+    ),
+}
+ADAPTER = {  # the same of what lora.py writes
+    "state": are_tensors,
+    "numbers": lambda x: all(map(is_whole, x.values())),
+    "options": is_plain,
+    "base": lambda x: is_text(x["id"]) and is_text(x["hash"]),
+    **{key: FIELDS[key] for key in ("data", "build", "args", "metrics")},
+}
+
+
+def check_fields(found, fields, path):
+    """Raise ModelError where a file holds something else than `fields` says."""
+    for key, is_right in fields.items():
+        with contextlib.suppress(Exception):  # whatever a wrong type leads to
+            if is_right(found.get(key)):
+                continue
+        raise ModelError(f"{path}: its entry {key!r} is not what these scripts write: the file is damaged, or made up")
+
+
+def _weights(packed):
+    """{name: tensor, floats as float32} of what a file holds; an exception where it is something else."""
+    state = {}
+    for name, value in packed.items():
+        if not torch.is_tensor(value) and math.prod(value["shape"]) > 8 * value["bits"].numel():
+            raise ValueError(f"{name} is shorter than its shape")
+        tensor = unpack_zeros(value)
+        state[name] = tensor.float() if tensor.is_floating_point() else tensor
+    if not are_tensors(state):
+        raise ValueError("tensors of another kind")
+    return state
 
 
 def read_checkpoint(path, *, device="cpu"):
@@ -1656,33 +1841,52 @@ def read_checkpoint(path, *, device="cpu"):
     checkpoint = _read(path, device)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint or "build" not in checkpoint:
         raise ModelError(f"{path} holds tensors but is not a checkpoint of these scripts: train.py writes one")
-    if checkpoint["format"] > FORMAT:
+    if is_whole(checkpoint["format"], FORMAT + 1):
         raise ModelError(f"{path} has format {checkpoint['format']}, newer than {FORMAT}: update these scripts")
-    checkpoint["state_dict"] = {key: unpack_zeros(value) for key, value in checkpoint["state_dict"].items()}
+    check_fields(checkpoint, FIELDS | {"format": is_whole}, path)
+    if len(checkpoint["data"]["classes"]) != checkpoint["build"]["num_classes"]:
+        raise ModelError(f"{path} has names for {len(checkpoint['data']['classes'])} of its network's "
+                         f"{checkpoint['build']['num_classes']} classes")  # fmt: skip
+    try:
+        checkpoint["state_dict"] = _weights(checkpoint["state_dict"])
+    except Exception as error:  # whatever wrong types and shapes lead to
+        raise ModelError(f"{path}: its weights cannot be read: {one_line(error)}") from error
+    demand_finite(checkpoint["state_dict"].items(), f"{path} cannot be used")
     return checkpoint
 
 
 def load_checkpoint(path, *, device="cpu"):
-    """(network in eval mode, checkpoint dict) of a file that save_checkpoint() wrote; every tensor must match.
+    """(network in eval mode, checkpoint dict) of a file that save_checkpoint() wrote; every tensor must match."""
+    checkpoint = read_checkpoint(path, device=device)
+    return network_of(checkpoint, path).to(device).eval(), checkpoint
+
+
+def network_of(checkpoint, path):
+    """The network that a checkpoint describes, with its weights; ModelError, which names `path`, where it cannot be.
 
     A script that changes the structure of networks offers rebuild(model, step, state), which gives a network of
     build_model() the structure that its `step` of the checkpoint describes, for tensors shaped like those in `state`,
     and restore(model, step), which makes it ready to run once these are loaded.
     """
-    checkpoint = read_checkpoint(path, device=device)
-    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
-        model = build_model(**checkpoint["build"])
-        steps = [(_compression(step, path), step) for step in checkpoint["compression"]]
-        for script, step in steps:
-            script.rebuild(model, step, checkpoint["state_dict"])
+    state = checkpoint["state_dict"]
     try:
-        model.load_state_dict(checkpoint["state_dict"], assign=True)
-    except RuntimeError as error:
-        name = model_name(model.build)
+        with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+            model = build_model(**checkpoint["build"])
+            steps = [(_compression(step, path), step) for step in checkpoint["compression"]]
+            for script, step in steps:
+                script.rebuild(model, step, state)
+        for name, tensor in model.state_dict().items():
+            if name in state and tensor.dtype != state[name].dtype:
+                raise ModelError(f"{path}: {name} is {state[name].dtype}, not {tensor.dtype}")
+        model.load_state_dict(state, assign=True)
+        for script, step in steps:
+            script.restore(model, step)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever wrong numbers, names and shapes lead to
+        name = model_name(checkpoint["build"])
         raise ModelError(f"{path} does not fit the network it describes, {name}: {one_line(error)}") from error
-    for script, step in steps:
-        script.restore(model, step)
-    return model.to(device).eval(), checkpoint
+    return model
 
 
 def fingerprint(state_dict):
@@ -1703,13 +1907,18 @@ def load_adapter(model, checkpoint, path):
     own = checkpoint["hash"] = checkpoint.get("hash") or fingerprint(checkpoint["state_dict"])
     if not isinstance(adapter, dict) or "adapter" not in adapter:
         raise ModelError(f"{path} is no adapter: lora.py writes one, beside its best.pt")
+    check_fields(adapter, ADAPTER, path)
+    demand_finite(adapter["state"].items(), f"{path} cannot be used")
     base = adapter["base"]
     if own != base["hash"]:
         ours = f"checkpoint {checkpoint['id']} with weights {own}"
         raise ModelError(f"{path} belongs to checkpoint {base['id']} with weights {base['hash']}, not to {ours}")
     import lora
 
-    return adapter, lora.attach(model, adapter).undo
+    try:
+        return adapter, lora.attach(model, adapter).undo
+    except Exception as error:  # whatever wrong names and shapes lead to
+        raise ModelError(f"{path} does not fit the network that it is for: {one_line(error)}") from error
 
 
 def _compression(step, path):

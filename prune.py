@@ -28,7 +28,6 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without
 
 import argparse
 import copy
-import csv
 import functools
 import math
 import time
@@ -1096,6 +1095,7 @@ def make_parser():
     return parser
 
 
+@evaluate.releasing
 def main(argv=None):
     """Run the command line; returns what results.json holds."""
     start = time.perf_counter()
@@ -1112,7 +1112,6 @@ def main(argv=None):
     rows = []
     for amount in args.sweep:
         out = parent.out / f"amount-{amount}"
-        out.mkdir(exist_ok=True)
         one = argparse.Namespace(**vars(args) | {"amount": amount, "out": str(out)})
         rows.append(prune_once(one, command, parent._replace(out=out), before, device, None, time.perf_counter()))
         if "stopped" in rows[-1]:
@@ -1154,6 +1153,8 @@ def prune_once(args, command, parent, before, device, last, start):
     entry = {"step": "prune", "kind": kind, "amount": args.amount, "scope": args.scope, "plan": {}, "turn": 0}
     if last:
         model, entry = models.load_checkpoint(out / "last.pt", device=device)[0], last["compression"][-1]
+        if not {"turn", "untuned"} <= entry.keys():
+            raise ModelError(f"{out / 'last.pt'} does not say how far it was pruned")
         model = model.to(memory_format=torch.channels_last)
     save = train.saver(
         args, command, data=parent.checkpoint["data"], pretrained=parent.checkpoint["pretrained"],
@@ -1302,10 +1303,7 @@ def write_sweep(rows, before, out):
     """sweep.csv and sweep.png of the runs so far: mIoU over the amount, before and after fine-tuning."""
     from matplotlib.figure import Figure
 
-    with models.replacing(out / "sweep.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, SWEEP_KEYS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    evaluate.write_csv(out / "sweep.csv", rows, SWEEP_KEYS)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for key, label in (("miou_untuned", "before fine-tuning"), ("miou", "after fine-tuning")):

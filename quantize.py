@@ -32,7 +32,6 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without
 
 import argparse
 import copy
-import csv
 import functools
 import math
 import re
@@ -339,6 +338,8 @@ def rebuild(model, entry, state):
 
     if "plan" in entry:  # its name in older checkpoints
         entry["wiring"] = entry.pop("plan")
+    if 2 * len(entry["wiring"]) < max((i for row in entry["wiring"].values() for i in row[:2] if i), default=0):
+        raise ModelError("it has more points than its layers can have")
     remove(model, entry["removed"])
     for name in entry["relu6"]:
         model.set_submodule(name, nn.ReLU())
@@ -346,14 +347,14 @@ def rebuild(model, entry, state):
         layer = model.get_submodule(name)
         layer = int8.KINDS[type(layer)](layer, bits=entry["bits"], group_size=entry["group_size"])
         if f"{name}.weight_q" in state:
-            layer.weight_q, layer.values, layer.mode = empty(f"{name}.weight_q"), None, "fake"
+            layer.convert()
         if f"{name}.theta" in state:
-            layer.theta = nn.Parameter(empty(f"{name}.theta"))
+            layer.theta = nn.Parameter(torch.empty_like(layer.weight_scale))
         model.set_submodule(name, layer)
     int8.connect(model, entry["wiring"], int8.DynamicPoint if entry["method"] == "dynamic" else Point)
     for number, point in enumerate(model.points):
         if f"points.{number}.theta" in state:
-            point.theta = nn.Parameter(empty(f"points.{number}.theta"))
+            point.theta = nn.Parameter(torch.empty_like(point.scale))
     for key in state:  # of convolutions that took over a BatchNorm
         name, _, kind = key.rpartition(".")
         if kind == "bias" and model.get_submodule(name).bias is None:
@@ -768,6 +769,7 @@ def parse_args(argv):
     return args, last
 
 
+@evaluate.releasing
 def main(argv=None):
     """Run the command line; returns what results.json holds."""
     start = time.perf_counter()
@@ -780,7 +782,8 @@ def main(argv=None):
     if last:
         model, entry = models.load_checkpoint(out / "last.pt", device=device)[0], last["compression"][-1]
         model = model.to(memory_format=torch.channels_last)
-        if models.read_checkpoint(out / "best.pt")["compression"][-1]["state"] == "int8":  # the run came to its end
+        converted = out / "best.pt"
+        if converted.exists() and models.read_checkpoint(converted)["compression"][-1]["state"] == "int8":  # it ended
             if last["training"]["step"] >= train.total_steps(args, parent.train_set):
                 raise ModelError(f"the run in {out} has ended: give more --epochs to train on, or leave out --resume")
             last["training"]["best"] = None  # and its best network was converted
@@ -883,10 +886,7 @@ def write_sensitivity(ranking, out):
     """sensitivity.csv and .png: the layers, worst first."""
     from matplotlib.figure import Figure
 
-    with open(out / "sensitivity.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["layer", "error"])
-        writer.writerows(ranking.items())
+    evaluate.write_csv(out / "sensitivity.csv", [{"layer": name, "error": error} for name, error in ranking.items()])
     shown = dict(list(ranking.items())[:30])
     figure = Figure(figsize=(8, 0.8 + 0.2 * len(shown)), layout="constrained")
     axis = figure.subplots()
@@ -921,13 +921,13 @@ def report(stages, metrics, *, args, command, parent, device, start, more):
         "quantized_macs_percent": 100 * sum(entry["macs"].get(name, 0) for name in in_int8) / entry["total_macs"],
         "quantized_params_percent": 100 * quantized / models.count_params(model)[0],
     }  # fmt: skip
+    seconds = time.perf_counter() - start
+    shared = dict(out=parent.out, seconds=seconds, device=device, dry_run=args.dry_run)
+    done = evaluate.before_after(stages, image, more=more, **shared)
     for name, why in more["float_layers"].items():
         print(f"in float: {name} ({why}{'; its weight is int8' if name in layers else ''})")
     print(f"int8: {more['int8_layers']} of {more['layers']} layers, {more['quantized_macs_percent']:.1f}% of the MACs; "
           f"{more['quantized_params_percent']:.1f}% of the parameters in {args.bits} bits")  # fmt: skip
-    seconds = time.perf_counter() - start
-    shared = dict(out=parent.out, seconds=seconds, device=device, dry_run=args.dry_run)
-    done = evaluate.before_after(stages, image, more=more, **shared)
     if in_int8 and not kernels():
         print("no int8 kernels on this machine: computed in float from the int8 weights")
     print(f"{done['file_mb'] / done['before']['file_mb']:.3f} of the size, "

@@ -22,11 +22,11 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without
 import argparse
 import contextlib
 import copy
-import csv
 import ctypes
 import datetime
 import functools
 import inspect
+import itertools
 import math
 import os
 import shlex
@@ -35,6 +35,7 @@ import signal
 import statistics
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ import evaluate
 import losses
 import models
 from datasets import count, not_negative, positive_int, probability, seed_number, share_below_1, thread_count, whole
+from evaluate import write_csv
 from models import ModelError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -138,6 +140,22 @@ def make_optimizer(objective, name, *, lr, backbone_lr, weight_decay, momentum=0
     if name == "sgd":
         return torch.optim.SGD(params, momentum=momentum, fused=True)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](params, fused=True)
+
+
+def load_optimizer(optimizer, saved):
+    """Take up the state in a state_dict() of the same optimizer; its numbers (learning rates and so on) stay as they
+    are. Raises ModelError where it is of other parameters: a fused step reads it unseen."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if [len(g["params"]) for g in saved["param_groups"]] != list(map(len, groups)) or len(set(numbers)) != len(numbers):
+        raise ModelError("the optimizer's state is of other parameters: leave out --resume")
+    own = dict(zip(numbers, itertools.chain(*groups), strict=True))
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+    for number, state in saved["state"].items():
+        p, state = own[number].detach(), {k: v for k, v in state.items() if v is not None}
+        like = {k: p.new_zeros(()) if k == "step" else torch.empty_like(p) for k in names if state}
+        models.copy_tensors(like, state, "optimizer's state")
+        optimizer.state[own[number]] = like
 
 
 def make_schedule(name, *, total, warmup=0, power=0.9, cycles=3, patience=3, factor=0.3):
@@ -377,6 +395,17 @@ def train_step(
     return total
 
 
+TRAINING = {  # what a Keeper puts into last.pt -> whether it is that; see models.FIELDS
+    **dict.fromkeys(("step", "loss_count"), models.is_whole),
+    **dict.fromkeys(("seconds", "loss_sum"), math.isfinite),
+    "history": lambda x: type(x) is list and all(models.is_number(v) for row in x for v in row.values()),
+    "best": lambda x: x is None or all(map(models.is_number, (x["miou"], *x.values()))),
+    "ema": lambda x: x is None or (models.is_whole(x["updates"]) and models.are_tensors(x["shadow"])),
+    "objective": models.are_tensors,
+    "adapter": lambda x: x is None or models.are_tensors(x),
+}
+
+
 class Keeper:
     """What a run leaves behind: evaluates where it is due, keeps best.pt, last.pt, history.csv and the running sums.
 
@@ -408,18 +437,27 @@ class Keeper:
         return [row["miou"] for row in self.state["history"] if "miou" in row]
 
     def resume(self, training):
-        """Take up the "training" entry of a last.pt; learning rates and so on stay those of the optimizer given."""
-        self.state.update({k: training[k] for k in self.state})
-        numbers = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(training["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, numbers, strict=True):
-            group.update(own)
-        self.objective.load_state_dict(training["objective"], strict=False)  # the network's own part is loaded already
-        if self.scaler:
-            self.scaler.load_state_dict(training["scaler"])
-        if self.ema:
-            self.ema.updates = training["ema"]["updates"]
-            self.ema.shadow = {k: v.to(self.device) for k, v in training["ema"]["shadow"].items()}
+        """Take up the "training" entry of a last.pt; learning rates and so on stay those of the optimizer given. Raises
+        TrainingError where it is none of this network."""
+        columns = {"epoch", "step", "lr", "loss", "images_per_second", *self.objective.report()}
+        try:
+            self.state.update({k: training[k] for k in self.state})
+            if lacking := [sorted(columns - row.keys()) for row in training["history"] if columns - row.keys()]:
+                raise ModelError(f"its history has no {', '.join(lacking[0])}")
+            load_optimizer(self.optimizer, training["optimizer"])
+            models.copy_tensors(self.own_state(), training["objective"], "trained tensors")
+            if self.scaler:
+                self.scaler.load_state_dict(training["scaler"])
+            if self.ema:
+                self.ema.updates = training["ema"]["updates"]
+                models.copy_tensors(self.ema.shadow, training["ema"]["shadow"], "averages")
+        except Exception as error:  # whatever wrong types lead to
+            why = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {models.one_line(error)}"
+            raise TrainingError(f"last.pt cannot be gone on with: {why}") from error
+
+    def own_state(self):
+        """What the objective trains besides the network."""
+        return {k: v for k, v in self.objective.state_dict().items() if not k.startswith("model.")}
 
     def save_last(self):
         if self.rank:
@@ -430,7 +468,7 @@ class Keeper:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "ema": {"updates": self.ema.updates, "shadow": self.ema.shadow} if self.ema else None,
-            "objective": {k: v for k, v in self.objective.state_dict().items() if not k.startswith("model.")},
+            "objective": self.own_state(),
         }
         self.save(self.out_dir / "last.pt", metrics=self.state["best"], training=training)
 
@@ -490,13 +528,14 @@ class Keeper:
         state["history"].append(row)
         state.update(loss_sum=0.0, loss_count=0)
         if self.rank == 0:
-            write_history(self.out_dir / "history.csv", state["history"])
-            tqdm.write("  ".join(f"{k} {row[k]:.4g}" for k in row if k != "seconds") + f"  {row['seconds']:.0f} s")
+            write_csv(self.out_dir / "history.csv", state["history"])
         if self.writer:
             for key in row.keys() - {"epoch", "step"}:
                 self.writer.add_scalar(key, row[key], state["step"])
         if save:
             self.save_last()
+        if self.rank == 0:
+            tqdm.write("  ".join(f"{k} {row[k]:.4g}" for k in row if k != "seconds") + f"  {row['seconds']:.0f} s")
 
 
 def fit(
@@ -622,15 +661,6 @@ def fit(
             datasets.kill_workers()  # not waited for: they may be stopped as well
     stopped = signal.Signals(number).name if number else None
     return {**{k: state[k] for k in ("history", "best", "step")}, "seconds": keeper.seconds(), "stopped": stopped}
-
-
-def write_history(path, history):
-    """One row an epoch; epochs without an evaluation leave its columns empty."""
-    columns = list(dict.fromkeys(k for row in history for k in row))
-    with models.replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)
 
 
 def plot_curves(history, path):
@@ -786,7 +816,9 @@ def parse(parser, argv, *, script, name, inherits=(), fixed=()):
     known, last = {}, None
     if args.resume:
         last = read_last(source / "last.pt", script)
-        known = last["args"]
+        known = read_flags(last["args"], parser, source / "last.pt")
+        if lacking := {*FIXED_FLAGS, *fixed} - known.keys():
+            raise ModelError(f"{source / 'last.pt'} does not say what --{min(lacking).replace('_', '-')} was")
         changed = [k for k in (*FIXED_FLAGS, *fixed) if k in given and plain(given[k]) != known.get(k)]
         if changed:
             flags = ", ".join(f"--{k.replace('_', '-')}" for k in changed)
@@ -794,17 +826,39 @@ def parse(parser, argv, *, script, name, inherits=(), fixed=()):
     elif inherits:
         known = models.read_checkpoint(args.weights)["args"]
         of_groups = {a.dest for group in parser._action_groups if group.title in inherits for a in group._group_actions}
-        known = {k: v for k, v in known.items() if k in of_groups}
+        known = read_flags({k: v for k, v in known.items() if k in of_groups}, parser, args.weights)
     own = ("out", "resume", "dry_run")
     parser.set_defaults(**{k: v for k, v in known.items() if k in vars(args) and k not in own})
     args = parser.parse_args(argv)
     parser.refuse_idle(args, given)
     out = evaluate.out_folder(args.out, name, dry_run=args.dry_run)
-    if last and out != source:  # of a dry run, which leaves the run alone
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / "best.pt", out)
-    args.out = str(out)
+    if last and out != source and (source / "best.pt").exists():  # of a dry run, which leaves the run alone
+        with models.replacing(out / "best.pt") as temporary:
+            shutil.copy(source / "best.pt", temporary)
+    args.out, args.run = str(out), last.get("run", "") if last else uuid.uuid4().hex
     return args, last
+
+
+def read_flags(known, parser, path):
+    """The flags that the checkpoint at `path` holds, read as those of a command line are. ModelError where one is no
+    value of its flag."""
+    reader, words = copy.deepcopy(parser), []
+
+    def refuse(message):
+        raise ModelError(f"{path} was not written by these scripts, by its flags: {message}")
+
+    reader.error = refuse
+    for action in reader._actions:
+        value, flags = known.get(action.dest), action.option_strings
+        if isinstance(action, (argparse.BooleanOptionalAction, argparse._StoreTrueAction)):
+            if type(value) not in (bool, type(None)):
+                refuse(f"{flags[0]} {value}")
+            words += flags[:1] if value else flags[1:2] if value is False else []
+        elif value is not None and action.nargs != 0:
+            many = list(value) if isinstance(value, (list, tuple)) else None
+            words += [f"{flags[0]}={value}"] if many is None else [flags[0], *map(str, many)] if many else []
+    read = vars(reader.parse_args(words))
+    return known | {k: read[k] for k in read if known.get(k) is not None}
 
 
 def read_last(path, script):
@@ -814,9 +868,18 @@ def read_last(path, script):
     last = models.read_checkpoint(path)
     if "training" not in last:
         raise ModelError(f"{path} has no training state: it cannot be resumed")
+    models.check_fields(last["training"], TRAINING, path)
     wrote = last["command"].split()[1:2]
     if wrote != [script]:
         raise ModelError(f"{path} is of a run of {' '.join(wrote)}, not of {script}: go on with that script")
+    step = script.removesuffix(".py")
+    if step in models.STEPS and [s["step"] for s in last["compression"]][-1:] != [step]:
+        raise ModelError(f"{path} has not gone through {script}")
+    best = path.with_name("best.pt")
+    if best.exists() and models.read_checkpoint(best).get("run") != last.get("run"):
+        raise ModelError(f"{best} and {path.name} are of two runs: keep those of one, or leave out --resume")
+    if last["training"]["best"] and not best.exists():
+        raise ModelError(f"{path} cannot be gone on with: best.pt, which was beside it, is gone")
     return last
 
 
@@ -856,9 +919,19 @@ def open_parent(args, device, *, refuse=None, same_classes=True):
     if same_classes and list(val_set.info.classes) != list(checkpoint["data"]["classes"]):
         data = checkpoint["data"]["name"]
         raise ModelError(f"{args.weights} was trained on {data}, whose classes {args.dataset} does not have")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    return Parent(model.to(memory_format=torch.channels_last), checkpoint, train_set, val_set, out)
+    own_folder(args)
+    return Parent(model.to(memory_format=torch.channels_last), checkpoint, train_set, val_set, Path(args.out))
+
+
+def own_folder(args):
+    """Make args.out the folder of this run alone; see evaluate.claim(). What is in it stays where it is gone on with,
+    and what a dry run left in a folder of its own is worth nothing."""
+    if rank_and_world()[0] == 0:
+        flags = vars(args)
+        given = [*map(flags.get, ("weights", "student", "pretrained", "data_root")), *flags.get("teachers", ())]
+        dry = Path(evaluate.ROOT, "dry-run")
+        keep = not args.resume and not (args.dry_run and dry in Path(args.out).parents)
+        evaluate.claim(args.out, inputs=[path for path in given if path and Path(path).exists()], keep=keep)
 
 
 def score(model, parent, device, dataset=None):
@@ -879,8 +952,8 @@ def ancestor(checkpoint, miou=None):
 def saver(args, command, *, data, pretrained, lineage, compression=()):
     """save(path, network, **more of save_checkpoint()'s) for the checkpoints of a run; `compression`: the steps so far,
     or a function of the network that gives them."""
-    flags = {k: plain(v) for k, v in vars(args).items() if k not in ("resume", "time_steps")}
-    about = dict(data=data, pretrained=pretrained, command=command, args=flags, lineage=lineage)
+    flags = {k: plain(v) for k, v in vars(args).items() if k not in ("resume", "time_steps", "run")}
+    about = dict(data=data, pretrained=pretrained, command=command, args=flags, lineage=lineage, run=args.run)
 
     def save(path, network, **more):
         steps = compression(network) if callable(compression) else compression
@@ -993,16 +1066,21 @@ def keep_zeros(weights):
 
 
 def make_loss(args, model, train_set, out):
-    """The loss that the flags describe, None for the network's own; counts the classes (once, with a figure)."""
+    """The loss that the flags describe, None for the network's own; counts the classes (once, with a figure in the
+    folder `out`, if one is given)."""
     info = train_set.info
     counts = datasets.class_distribution(train_set)
-    if rank_and_world()[0] == 0:
-        evaluate.plot_class_distribution(counts, info.classes, info.palette, out / "class_distribution.png")
+
+    def draw():
+        if out and rank_and_world()[0] == 0:
+            evaluate.plot_class_distribution(counts, info.classes, info.palette, out / "class_distribution.png")
+
     if hasattr(model.head, "queries"):
         if args.loss or args.class_weights != "none" or args.label_smoothing or args.boundary_weight:
             name = models.model_name(model.build)
             flags = "--loss, --class-weights, --label-smoothing, --boundary-weight"
             raise TrainingError(f"leave out {flags}: {name} has a loss of its own")
+        draw()
         return None
     name, weight = args.loss or DEFAULT_LOSS, None
     if args.class_weights != "none":
@@ -1018,14 +1096,14 @@ def make_loss(args, model, train_set, out):
         loss(torch.zeros(1, k, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64))  # a binary loss refuses K classes here
     except ValueError as error:
         raise TrainingError(f"--loss {name}: {error}") from error
+    draw()
     return loss
 
 
 def make_network(args, num_classes, last):
     """The network of the flags, or of the last.pt to go on from; says where its weights come from."""
     if last:
-        model = models.build_model(**last["build"])
-        model.load_state_dict(last["state_dict"])
+        model = models.network_of(last, "last.pt")
         model.pretrained = last["pretrained"] == "yes"
         return model
     model = models.build_model(
@@ -1152,6 +1230,7 @@ def step_costs(args, objectives, device, steps=5):
     return costs
 
 
+@evaluate.releasing
 def main(argv=None):
     """Run the command line; returns what results.json holds."""
     command = evaluate.command_line("train.py", argv)
@@ -1164,10 +1243,11 @@ def run(args, last, command, device):
     """Train, then score best.pt and write figures and results.json; see main()."""
     rank, _ = rank_and_world()
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     train_set, val_set = open_splits(args)
+    if not args.time_steps:
+        own_folder(args)
     model = make_network(args, len(train_set.info.classes), last).to(device, memory_format=torch.channels_last)
-    objective = make_objective(args, model, train_set, out, device)
+    objective = make_objective(args, model, train_set, None if args.time_steps else out, device)
     if rank == 0:
         precision = "float32" if args.amp == "off" else args.amp
         print(f"{models.model_name(model.build)} on {args.dataset} ({device}, {precision}): "
@@ -1194,7 +1274,7 @@ def finish(done, val_set, out, command, device, args):
     metrics = evaluate.score(best, val_set, device=device, out=out, workers=args.workers)
     common = dict(command=command, split="val", seconds=done["seconds"], device=device, path=out / "best.pt")
     results = evaluate.results(best, checkpoint, metrics, **common)
-    speeds = [row["images_per_second"] for row in done["history"] if row["images_per_second"]] or [0.0]
+    speeds = [row["images_per_second"] for row in done["history"] if row["images_per_second"]] or [math.nan]
     results |= {"epochs": args.epochs, "steps": done["step"], "images_per_second": sum(speeds) / len(speeds)}
     evaluate.write_json(out / "results.json", results)
     keys = "model dataset pretrained params miou macc aacc boundary_iou seconds images_per_second peak_memory_mb"

@@ -1,10 +1,13 @@
 """What the tests share: one thread for each process; transformers small enough to train here, as rows of the tables."""
 
 import dataclasses
+import math
 import os
+import random
 from pathlib import Path
 
 import pytest
+import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: one thread each, also in what they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -51,6 +54,37 @@ def figures_once(monkeypatch):
         path.write_bytes(FIGURES[path.name])
 
     monkeypatch.setattr(evaluate, "save_figure", once)
+
+
+def entries(content, path=(), most=3):
+    """The paths of all that is in nested dicts and lists, of each at most the first `most` items below the top."""
+    if isinstance(content, (dict, list)):
+        for key in list(content if isinstance(content, dict) else range(len(content)))[: most if path else None]:
+            yield (*path, key)
+            yield from entries(content[key], (*path, key))
+
+
+def changed(content, path, change):
+    """A copy of nested dicts and lists, with change(container, key) called where the path leads."""
+    copy = dict(content) if isinstance(content, dict) else list(content)
+    if len(path) > 1:
+        copy[path[0]] = changed(content[path[0]], path[1:], change)
+    else:
+        change(copy, path[0])
+    return copy
+
+
+def made_up(content, tries, seed=0):
+    """(what was done, content) with one entry deleted, or replaced by something of another type, size or shape."""
+    nested, values = [], [None, True, 7, -1, 10**18, 0.5, math.nan, math.inf, "x", "", b"x", [], {}, ["x"], {"x": 1}]
+    values += [torch.zeros(2, 3), torch.zeros(0), torch.tensor(math.nan), torch.ones(2, dtype=torch.complex64)]
+    for _ in range(200):
+        nested = [nested]
+    draw = random.Random(seed)
+    for path in entries(content):
+        yield f"without {path}", changed(content, path, lambda c, k: c.pop(k))
+        for value in draw.sample([*values, nested], tries):
+            yield f"{path}: {str(value)[:30]!r}", changed(content, path, lambda c, k, v=value: c.__setitem__(k, v))
 
 
 @pytest.fixture(autouse=True)

@@ -2,16 +2,24 @@
 
 import copy
 import dataclasses
+import errno
 import functools
 import itertools
 import json
+import math
 import os
+import random
+import resource
 import shutil
+import stat
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import made_up
 from torch import nn
 
 import models
@@ -868,6 +876,118 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path):
             load_checkpoint(tmp_path / name)
         assert name in str(error.value) or name == "head.pt"
         assert "\n" not in str(error.value)
+
+
+def opened(content, path):
+    """Whether load_checkpoint() takes a file of that content, or refuses it in one line that names it; nothing else."""
+    torch.save(content, path)
+    try:
+        model, _ = load_checkpoint(path)
+    except ModelError as error:
+        return "\n" in str(error)
+    return {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_made_up_checkpoint_loads_or_is_refused_in_one_line(tmp_path):
+    save(tmp_path / "a.pt", build(model="unet", width=1), metrics={"miou": 1.0}, args={"size": [32, 32]}, run="r")
+    good = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert opened(good, tmp_path / "b.pt")
+    refused = 0
+    for what, content in made_up(good, tries=2):
+        try:
+            refused += not opened(content, tmp_path / "b.pt")
+        except Exception as error:
+            raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+    assert refused > 60
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_float32(dtype, tmp_path):
+    model = build(model="unet", width=1)
+    save(tmp_path / "a.pt", model)
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    state = {
+        k: t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for k, t in model.state_dict().items()
+    }
+    assert opened(content | {"state_dict": state}, tmp_path / "a.pt")
+    assert not opened(content | {"state_dict": {k: t.int() for k, t in state.items()}}, tmp_path / "a.pt")
+    key = next(iter(state))
+    assert not opened(content | {"state_dict": state | {key: state[key] * math.nan}}, tmp_path / "a.pt")
+
+
+def test_no_flipped_bit_changes_a_weight_unseen(tmp_path):
+    save(tmp_path / "a.pt", build(model="unet", width=1))
+    whole, draw = (tmp_path / "a.pt").read_bytes(), random.Random(0)
+    state, refused = load_checkpoint(tmp_path / "a.pt")[1]["state_dict"], 0
+    for place in draw.sample(range(len(whole)), 60):
+        (tmp_path / "b.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            _, checkpoint = load_checkpoint(tmp_path / "b.pt")
+        except ModelError as error:
+            refused += "damaged" in str(error)
+        else:  # what was hit is between the parts of the zip file
+            assert all(torch.equal(tensor, state[name]) for name, tensor in checkpoint["state_dict"].items())
+    assert refused > 30
+    for length in range(0, len(whole), len(whole) // 20):
+        (tmp_path / "b.pt").write_bytes(whole[:length])
+        with pytest.raises(ModelError, match="damaged"):
+            load_checkpoint(tmp_path / "b.pt")
+
+
+# ---- files ----
+
+
+def test_nothing_but_a_file_is_replaced_and_a_link_is_followed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for place in ("folder", "pipe", "/dev/null"):
+        with pytest.raises(ModelError, match="name a file"):
+            models.write_text(tmp_path / place, "text")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    (tmp_path / "folder" / "a").write_text("old")
+    (tmp_path / "link").symlink_to("folder/a")
+    models.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "folder" / "a").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]
+
+
+def test_several_files_take_their_places_together(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(FileNotFoundError), models.replacing(tmp_path / "a") as folder:
+        (folder / "b").write_text("new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
+    with models.replacing(tmp_path / "a") as folder:
+        folder.mkdir()
+        for name in ("a", "a.data"):
+            (folder / name).write_text(name)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "a", "a.data": "a.data"}
+
+
+def test_a_full_disk_names_the_file_and_leaves_it(tmp_path):
+    save(tmp_path / "a.pt", build(model="unet", width=1))
+    before, (soft, hard) = (tmp_path / "a.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # a stand-in: no file may be larger
+    try:
+        with pytest.raises(OSError, match=r"a\.pt") as error:
+            save(tmp_path / "a.pt", build(model="unet", width=1))
+        assert error.value.errno == errno.EFBIG
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "a.pt").read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_what_a_killed_process_was_writing_goes_and_what_a_living_one_writes_stays(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    names = [f"a.{gone.pid}.tmp", f"a.{os.getppid()}.tmp", "a.b.tmp", f"c.{gone.pid}.tmp"]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    models.write_text(tmp_path / "a", "whole")
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", *names[1:]])
+    models.remove_litter(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", *names[1:3]])
 
 
 @pytest.mark.parametrize(

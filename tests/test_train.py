@@ -40,7 +40,7 @@ def read(path):
     return torch.load(path, weights_only=True)
 
 
-CHANGING = {"seconds", "images_per_second", "id", "saved", "command"}
+CHANGING = {"run", "seconds", "images_per_second", "id", "saved", "command"}
 
 
 def same(a, b):
