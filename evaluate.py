@@ -934,18 +934,20 @@ def open_images(path):
     path = Path(path)
     if not path.exists():
         raise DataError(f"--images {path}: no such file or folder")
-    known = datasets.IMAGE_SUFFIXES
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in known) if path.is_dir() else [path]
+    files = datasets.image_files(path) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"--images {path}: the folder holds no image ({', '.join(known)})")
+        raise DataError(f"--images {path}: the folder holds no image ({', '.join(datasets.IMAGE_SUFFIXES)})")
     return files
 
 
-def predict_images(model, info, files, out, *, device, size=None, fit=None, crf=None, **predict_options):
+def predict_images(
+    model, info, files, out, *, device, size=None, fit=None, crf=None, max_pixels=datasets.MAX_PIXELS, **predict_options
+):
     """Write NAME_ids.png and NAME_overlay.png at the image's own size for every file; returns the paths written.
 
     The network sees the image at `size` if given, else shrunk or enlarged to fit into `fit` with its shape kept (the
     size the network was trained on), else as it is. crf: None, or the steps and seconds of refine_with_crf().
+    max_pixels: of decode_image().
     """
     from PIL import Image
 
@@ -953,7 +955,7 @@ def predict_images(model, info, files, out, *, device, size=None, fit=None, crf=
     stems = [file.stem for file in files]
     written = []
     for file in tqdm(files, desc="predict", leave=False, disable=len(files) < 2):
-        image = datasets.decode_image(file)
+        image = datasets.decode_image(file, max_pixels)
         height, width = image.shape[-2:]
         scale = min(fit[0] / height, fit[1] / width) if fit else 1
         seen = size or (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -1073,7 +1075,9 @@ def run(args, model, checkpoint, command, device, out):
     if files:
         info = DataInfo.from_dict(checkpoint["data"])
         fit = None if args.slide else info.size  # a sliding window is for images larger than what was trained on
-        extra["written"] = predict_images(model, info, files, out, device=device, size=args.size, fit=fit, **options)
+        limit = args.max_pixels or info.options.get("max_pixels", datasets.MAX_PIXELS)
+        shown = dict(size=args.size, fit=fit, max_pixels=limit)
+        extra["written"] = predict_images(model, info, files, out, device=device, **shown, **options)
     else:
         dataset = open_scored(
             checkpoint, weights=args.weights, dataset=args.dataset, data_root=args.data_root, size=args.size,
