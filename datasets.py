@@ -39,6 +39,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -153,7 +154,8 @@ def decode_mask(path, table, info=None, max_pixels=MAX_PIXELS):
     if bad.any():
         values = ", ".join(str(value) for value in np.unique(ids[bad]))
         allowed = number_ranges(np.flatnonzero(table != INVALID).tolist())
-        raise DataError(f"{path}: mask values out of range: {values}; allowed: {allowed}")
+        advice = "; write 255 where there is no class" if table[255] == 255 else ""
+        raise DataError(f"{path}: mask values out of range: {values}; allowed: {allowed}{advice}")
     if info and len(colours):
         demand_same_colours(path, ids, colours, table, info)
     return torch.from_numpy(mask)
@@ -191,23 +193,29 @@ def turned(image, turn):
     return image if turn is None else image.transpose(turn)
 
 
+class Glance(NamedTuple):
+    """What the first and the last bytes of an image file tell."""
+
+    stored: tuple[int, int]  # (width, height)
+    shown: tuple[int, int]  # as EXIF turns it
+    turned: bool
+    sound: bool  # whole, and of a kind that is taken; else only decoding it tells
+
+
 def glance(path, what, max_pixels):
-    """({(width, height)}, whether EXIF turns it) of an image or a mask, from the first and the last bytes of its file;
-    the sizes are that stored and that shown. None where only decoding tells whether the file is whole and can be taken.
-    """
+    """Glance of an image or a mask."""
     try:
         with opened(path, what, max_pixels) as image:
-            end = ENDS[image.format]
+            kind, end = image.format, ENDS.get(image.format, b"-")
+            # a PNG that has not told its orientation by now would be decoded to look for more
+            turn = exif_turn(image) if kind != "PNG" or "exif" in image.info else None
+            sizes = image.size, image.size[::-1] if turn is not None and turn.name in TURNS[3:] else image.size
+            taken = image.mode[0] not in "IF" if what == "image" else image.mode in MASK_MODES and kind == "PNG"
             image.fp.seek(-len(end), os.SEEK_END)
-            fine = image.mode[0] not in "IF" if what == "image" else image.mode in MASK_MODES and image.format == "PNG"
-            if not fine or image.fp.read() != end:
-                return None
-            # a PNG that has not told it by now would be decoded to look for more
-            turn = exif_turn(image) if image.format == "JPEG" or "exif" in image.info else None
-            sideways = turn is not None and turn.name in TURNS[3:]
-            return {image.size, image.size[::-1] if sideways else image.size}, turn is not None
+            sound = taken and image.fp.read() == end
+            return Glance(*(sizes[::-1] if kind == "TIFF" else sizes), turn is not None, sound)
     except DataError:
-        return None
+        return Glance((0, 0), (0, 0), turned=False, sound=False)
 
 
 def id_table(ids, num_classes, ignore_index):
@@ -675,6 +683,7 @@ class SegmentationDataset(Dataset):
         self.cache = {} if cache else None  # index -> (image, mask), uint8
         self.max_pixels = info.options.get("max_pixels", MAX_PIXELS)
         self.notes = []  # lines of what a user should know
+        self.masks_as_stored = False
 
     def __len__(self):
         return len(self.pairs) if self.pairs else self.length
@@ -686,27 +695,30 @@ class SegmentationDataset(Dataset):
 
     def look(self):
         """Look at every file once, at its first and its last bytes, and decode what that leaves in doubt. DataError
-        names the first that cannot be used."""
+        names the first that cannot be used. Sets masks_as_stored: whether masks show the images before EXIF turns them,
+        which the sizes of those that change sides tell."""
 
         def look_at(pair):
-            """Whether the image is turned, or what is wrong."""
+            """(Glance of the image, and of the mask), or what is wrong."""
             image, mask = glance(pair[0], "image", self.max_pixels), glance(pair[1], "mask", self.max_pixels)
             try:
-                if not image or not mask or mask[1] or not mask[0] <= image[0]:
+                if not (image.sound and mask.sound and mask.shown in (image.shown, image.stored)):
                     self._load_pair(*pair)
             except DataError as error:
                 return error
-            return image and image[1]
+            return image, mask
 
         with ThreadPoolExecutor() as pool:
             found = list(pool.map(look_at, self.pairs or ()))
         if errors := [error for error in found if isinstance(error, DataError)]:
             raise DataError(f"{errors[0]}" + (f" ({len(errors)} of {len(found)} are wrong)" if errors[1:] else ""))
-        shown = [pair[0] for pair, is_turned in zip(self.pairs or (), found, strict=True) if is_turned]
-        if shown:
+        as_stored = sum(mask.shown == image.stored != image.shown for image, mask in found)
+        self.masks_as_stored = as_stored > 0
+        if at_angle := [self.file(i) for i, (image, _) in enumerate(found) if image.turned]:
+            drawn = f"before that, as the sizes of {as_stored} say, and turned too" if as_stored else "after that"
             self.notes.append(
-                f"{self.name()}: {len(shown)} of {len(found)} images are turned as their EXIF orientation says, first "
-                f"{shown[0]}, and with them a mask that fits them only unturned"
+                f"{self.name()}: {len(at_angle)} of {len(found)} images are turned as their EXIF orientation says, "
+                f"first {at_angle[0]}; their masks are taken to be drawn {drawn}"
             )
 
     def name(self):
@@ -740,12 +752,13 @@ class SegmentationDataset(Dataset):
     def _load_pair(self, image_path, mask_path):
         image = decode_image(image_path, self.max_pixels)
         mask = decode_mask(mask_path, self.table, self.info, self.max_pixels)
-        if image.shape[1:] != mask.shape:
+        if image.shape[1:] != mask.shape or self.masks_as_stored:
             with opened(image_path, "image", self.max_pixels) as stored:
                 turn = exif_turn(stored)
-            shown = torch.from_numpy(np.array(turned(Image.fromarray(mask.numpy()), turn)))
-            if image.shape[1:] == shown.shape:  # it was drawn on the pixels as they are stored
-                return image, shown
+            lying, mask = mask, torch.from_numpy(np.array(turned(Image.fromarray(mask.numpy()), turn)))
+        if image.shape[1:] != mask.shape:
+            if image.shape[1:] == lying.shape:
+                return image, lying
             (ih, iw), (mh, mw) = image.shape[1:], mask.shape
             raise DataError(
                 f"{image_path}: image is {iw}x{ih}{'' if turn is None else ', as its EXIF orientation has it shown,'} "
@@ -1116,6 +1129,14 @@ def class_distribution(dataset, limit=200):
     return torch.from_numpy(ours.copy())
 
 
+def print_notes(*data_sets):
+    """What a user should know of the data, each line once, by one process."""
+    for dataset in data_sets:
+        for note in dataset.notes if os.environ.get("RANK", "0") == "0" else ():
+            print("note:", note, file=sys.stderr)
+        dataset.notes.clear()
+
+
 def shared_images(one, other):
     """[(path, path)]: images of a data set that are, byte for byte, in the other, under whatever name."""
 
@@ -1273,6 +1294,7 @@ def main(argv=None):
     try:
         where = dict(root=args.data_root, size=args.size, options=option_values(args))
         dataset = open_dataset(args.dataset, args.split, cache=False, **where)
+        print_notes(dataset)
         sheet = contact_sheet(dataset, 2 if args.dry_run else args.count)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(args.out, optimize=True)

@@ -831,7 +831,7 @@ def fit_by_flags(args, objective, train_set, val_set, *, script, device, save, l
 
     if val_set.pairs:
         datasets.class_distribution(val_set)  # reads every mask now, not after the first epoch
-        print_notes(val_set)
+        datasets.print_notes(val_set)
     writer = open_writer(args, out, rank)
     done = fit(
         objective, train_set, val_set, optimizer=optimizer, schedule=schedule, epochs=args.epochs,
@@ -871,16 +871,8 @@ def open_splits(args):
     if shared := datasets.shared_images(val_set, train_set):
         (ours, theirs), n = shared[0], len(shared)
         val_set.notes.append(f"{n} of {len(val_set)} images of val are also in train, first {ours}, which is {theirs}")
-    print_notes(train_set, val_set)
+    datasets.print_notes(train_set, val_set)
     return train_set, val_set
-
-
-def print_notes(*data_sets):
-    """What a user should know of the data, each line once."""
-    for dataset in data_sets:
-        for note in dataset.notes if rank_and_world()[0] == 0 else ():
-            print("note:", note, file=sys.stderr)
-        dataset.notes.clear()
 
 
 def calibration_set(args):
@@ -916,7 +908,7 @@ def make_loss(args, model, train_set, out):
     """The loss that the flags describe, None for the network's own; counts the classes (once, with a figure)."""
     info = train_set.info
     counts = datasets.class_distribution(train_set)
-    print_notes(train_set)
+    datasets.print_notes(train_set)
     if rank_and_world()[0] == 0:
         evaluate.plot_class_distribution(counts, info.classes, info.palette, out / "class_distribution.png")
     if hasattr(model.head, "queries"):
