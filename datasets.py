@@ -759,7 +759,7 @@ class SegmentationDataset(Dataset):
         if image.shape[1:] != mask.shape:
             if image.shape[1:] == lying.shape:
                 return image, lying
-            (ih, iw), (mh, mw) = image.shape[1:], mask.shape
+            (ih, iw), (mh, mw) = image.shape[1:], lying.shape
             raise DataError(
                 f"{image_path}: image is {iw}x{ih}{'' if turn is None else ', as its EXIF orientation has it shown,'} "
                 f"but its mask {mask_path} is {mw}x{mh} (width x height)"

@@ -364,7 +364,7 @@ def evaluate(
     Keys: those of the two metrics() above, confusion (nested list), images, images_per_second. Under torch.distributed
     each process gives its own share of the data and gets the numbers of the whole; reduce=False where only this one
     evaluates. on_batch(images, target, prediction) sees every batch. Afterwards every module is in the mode, training
-    or not, that it was in before.
+    or not, that it was in before. DataError where no pixel is labelled.
     """
     matrix = ConfusionMatrix(num_classes, ignore_index)
     edges = BoundaryIoU(num_classes, ignore_index) if boundary else None
@@ -386,6 +386,8 @@ def evaluate(
     if reduce:
         matrix, edges = matrix.reduce(), edges and edges.reduce()
         images_seen = int(sum_over_processes(torch.tensor(images_seen)))
+    if not matrix.counts.any():
+        raise DataError(f"nothing is labelled in the {images_seen} images to score: every pixel is ignored")
     metrics = matrix.metrics() | {"confusion": matrix.counts.tolist(), "images": images_seen}
     metrics["images_per_second"] = images_seen / (time.perf_counter() - start)
     return metrics | (edges.metrics() if edges else {})
@@ -1083,6 +1085,7 @@ def run(args, model, checkpoint, command, device, out):
             checkpoint, weights=args.weights, dataset=args.dataset, data_root=args.data_root, size=args.size,
             split=args.split, length=length, options=datasets.option_values(args),
         )  # fmt: skip
+        datasets.print_notes(dataset)
         loading = {"batch_size": args.batch_size, "workers": args.workers}
         metrics = score(model, dataset, device=device, out=out, boundary=args.boundary, **loading, **options)
         print_classes(metrics, dataset.info.classes)
