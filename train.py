@@ -413,12 +413,12 @@ class Keeper:
     """
 
     def __init__(
-        self, objective, val_set, *, optimizer, scaler, ema, out_dir, save, device, amp_dtype, workers, writer,
+        self, objective, val_set, *, data, optimizer, scaler, ema, out_dir, save, device, amp_dtype, workers, writer,
         score_from=0,
     ):  # fmt: skip
         self.objective, self.val_set, self.optimizer, self.scaler, self.ema = objective, val_set, optimizer, scaler, ema
         self.out_dir, self.save, self.device, self.amp_dtype, self.writer = out_dir, save, device, amp_dtype, writer
-        self.score_from = score_from
+        self.score_from, self.data = score_from, data
         self.rank, world = rank_and_world()
         self.loader = datasets.eval_loader(val_set, batch_size=1, workers=workers, rank=self.rank, world=world)
         self.state = dict(step=0, history=[], best=None, seconds=0.0, loss_sum=0.0, loss_count=0)
@@ -438,7 +438,9 @@ class Keeper:
 
     def resume(self, training):
         """Take up the "training" entry of a last.pt; learning rates and so on stay those of the optimizer given. Raises
-        TrainingError where it is none of this network."""
+        TrainingError where it is none of this network, or of other data."""
+        if other := "; ".join(changes(training.get("data", self.data), self.data)):  # older files do not say
+            raise TrainingError(f"--resume goes on with the data that the run in {self.out_dir} began with: {other}")
         columns = {"epoch", "step", "lr", "loss", "images_per_second", *self.objective.report()}
         try:
             self.state.update({k: training[k] for k in self.state})
@@ -464,6 +466,7 @@ class Keeper:
             return
         training = {
             **self.state,
+            "data": self.data,
             "seconds": self.seconds(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -538,6 +541,22 @@ class Keeper:
             tqdm.write("  ".join(f"{k} {row[k]:.4g}" for k in row if k != "seconds") + f"  {row['seconds']:.0f} s")
 
 
+def changes(then, now):
+    """In what two {split: about() of its data} differ, a text each."""
+    (old, palette), (new, colours) = ((about["train"]["classes"], about["train"]["palette"]) for about in (then, now))
+    if set(old) != set(new):
+        yield f"only one of them has the classes {', '.join(sorted(set(old) ^ set(new))[:5])}"
+    elif old != new:
+        yield f"the classes were {', '.join(old)} and are {', '.join(new)}"
+    elif palette != colours:
+        yield "the classes had other colours"
+    for split in now:
+        if then[split]["images"] != now[split]["images"]:
+            yield f"{split} had {then[split]['images']} images and has {now[split]['images']}"
+        elif then[split]["names"] != now[split]["names"]:
+            yield f"the images of {split} had other names"
+
+
 def fit(
     objective, train_set, val_set, *, optimizer, schedule, epochs, batch_size, seed, device, out_dir, save, workers=0,
     accumulate=1, clip=0.0, amp="off", ema_decay=0.0, eval_every=1, save_every=1, max_steps=None, resume=None,
@@ -564,6 +583,7 @@ def fit(
     ema = Ema(objective.model, ema_decay) if ema_decay else None
     keeper = Keeper(
         objective, val_set, optimizer=optimizer, scaler=scaler, ema=ema, out_dir=Path(out_dir), save=save,
+        data={"train": train_set.about(), "val": val_set.about()},
         device=device, amp_dtype=evaluate.AMP_DTYPES[amp], workers=workers, writer=writer, score_from=score_from,
     )  # fmt: skip
     state = keeper.state
@@ -998,6 +1018,9 @@ def fit_by_flags(args, objective, train_set, val_set, *, script, device, save, l
         if epoch >= args.epochs - args.frozen_norm_epochs:
             freeze_norms(objective.model)
 
+    if val_set.pairs:
+        datasets.class_distribution(val_set)  # reads every mask now, not after the first epoch
+        datasets.print_notes(val_set)
     writer = open_writer(args, out, rank)
     done = fit(
         objective, train_set, val_set, optimizer=optimizer, schedule=schedule, epochs=args.epochs,
@@ -1033,7 +1056,12 @@ def open_splits(args):
         photometric=args.photometric, augment=args.augment,
     )  # fmt: skip
     few = dict(length=2) if args.dry_run else {}
-    return train_set, datasets.open_dataset(args.dataset, "val", **common, **few)
+    val_set = datasets.open_dataset(args.dataset, "val", **common, **few)
+    if shared := datasets.shared_images(val_set, train_set):
+        (ours, theirs), n = shared[0], len(shared)
+        val_set.notes.append(f"{n} of {len(val_set)} images of val are also in train, first {ours}, which is {theirs}")
+    datasets.print_notes(train_set, val_set)
+    return train_set, val_set
 
 
 def calibration_set(args):
@@ -1070,6 +1098,7 @@ def make_loss(args, model, train_set, out):
     folder `out`, if one is given)."""
     info = train_set.info
     counts = datasets.class_distribution(train_set)
+    datasets.print_notes(train_set)
 
     def draw():
         if out and rank_and_world()[0] == 0:

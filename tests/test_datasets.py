@@ -4,11 +4,15 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import traceback
+import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -481,16 +485,236 @@ def test_mask_values_out_of_range(folder, camvid):
     refused("out of range: 12;", "allowed: 0-11, 255", name="camvid", split="val", load=0, root=camvid)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "I;16", "JPEG"])
 def test_mask_of_wrong_kind(folder, mode):
-    array = COLOURS[blocks(40, 56)] if mode == "RGB" else blocks(40, 56).astype(np.uint16)
-    save(folder / "masks" / "val" / "0.png", array)
-    refused(folder / "masks" / "val" / "0.png", f"mode {mode}", "class ids", split="val", load=0, root=folder)
+    path, ids = folder / "masks" / "val" / "0.png", Image.fromarray(blocks(40, 56))
+    if mode == "JPEG":
+        ids.save(path, "JPEG")
+    elif mode == "I;16":
+        save(path, blocks(40, 56).astype(np.uint16))
+    else:
+        ids.convert(mode).save(path)
+    refused(path, mode, "class ids", split="val", root=folder)
+    path.with_suffix(".jpg").write_bytes(path.read_bytes())
+    path.unlink()
+    refused(path, "image without a mask", "0.jpg is no PNG", split="val", root=folder)
 
 
 def test_image_of_16_bits(folder):
     save(folder / "images" / "val" / "0.png", np.full((40, 56), 3000, dtype=np.uint16))
-    refused(folder / "images" / "val" / "0.png", "I;16", "8 bits", split="val", load=0, root=folder)
+    refused(folder / "images" / "val" / "0.png", "I;16", "8 bits", split="val", root=folder)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "PA", "CMYK", "1", "P"])
+def test_every_kind_of_8_bit_image_is_read_as_rgb(folder, mode, recwarn):
+    suffix = "tif" if mode in ("CMYK", "PA") else "png"
+    pixels = Image.fromarray(np.where(blocks(40, 56) > 0, 255, 0).astype(np.uint8))
+    pixels = pixels.convert("RGBA").quantize(2) if mode == "P" else pixels.convert(mode)  # a palette with transparency
+    (folder / "images" / "val" / "0.png").unlink()
+    pixels.save(folder / "images" / "val" / f"0.{suffix}")
+    image = open_dataset("folder", "val", root=folder).raw(0)[0]
+    assert np.array_equal(image.permute(1, 2, 0), np.repeat(np.where(blocks(40, 56) > 0, 255, 0)[..., None], 3, 2))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_animations_are_refused(folder, suffix):
+    (folder / "images" / "val" / "0.png").unlink()
+    path, frames = folder / "images" / "val" / f"0.{suffix}", [Image.new("RGB", (56, 40), c) for c in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    refused(path, "2 frames", split="val", root=folder)
+
+
+def png(width, height, bits, rows):
+    """A grey PNG by hand: Pillow writes none of 2 or 4 bits, nor a size without its pixels."""
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0), b"IDAT" + zlib.compress(rows), b"IEND"
+    parts = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_masks_of_few_bits_hold_ids(folder, bits):
+    ids = blocks(40, 56, classes=2 if bits == 1 else 3)
+    packed = sum(ids[:, i :: 8 // bits].astype(int) << (8 - bits - bits * i) for i in range(8 // bits))
+    rows = b"".join(b"\0" + bytes(row.tolist()) for row in packed)
+    (folder / "masks" / "val" / "0.png").write_bytes(png(56, 40, bits, rows))
+    assert np.array_equal(open_dataset("folder", "val", root=folder).raw(0)[1], ids)
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded(folder):
+    path = folder / "images" / "val" / "0.png"
+    refused(path, "56x40 = 2,240 pixels, more than 2,239", "--max-pixels", split="val", root=folder,
+        options={"max_pixels": 2239})  # fmt: skip
+    data = open_dataset("folder", "val", root=folder, options={"max_pixels": 2240})
+    assert data.info.options == {"max_pixels": 2240}
+    save(path, COLOURS[blocks(40, 57)])  # since it was looked at
+    with pytest.raises(DataError, match="57x40"):
+        data.raw(0)
+    path.write_bytes(png(60_000, 60_000, 8, b""))
+    refused(path, "3,600,000,000 pixels", "--max-pixels", split="val", root=folder)
+    refused("synthetic has no --max-pixels", name="synthetic", options={"max_pixels": 5})
+
+
+def test_all_files_are_looked_at_in_the_beginning(folder):
+    for name in ("1", "3"):
+        path = folder / "images" / "train" / f"{name}.png"
+        path.write_bytes(path.read_bytes()[:-60])
+    refused(folder / "images" / "train" / "1.png", "2 of 5 are wrong", root=folder)
+    decoded = []
+    for name in ("1", "3"):
+        save(folder / "images" / "train" / f"{name}.png", COLOURS[blocks(40, 56)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "decode_image", lambda *args: decoded.append(args))
+        open_dataset("folder", "train", root=folder)
+    assert not decoded  # what is sound is not decoded for it
+
+
+ROAD, SKY, CAR = (128, 64, 128), (70, 130, 180), (0, 0, 142)
+
+
+@pytest.mark.parametrize(
+    ("palette", "fine"),
+    [
+        ((ROAD, SKY, CAR), True),
+        ((ROAD, SKY, CAR, ROAD), True),  # of no id that is there
+        ((SKY, ROAD, CAR), False),
+        ((ROAD, CAR, (1, 2, 3)), False),
+        (((9, 9, 9), (8, 8, 8), (7, 7, 7)), True),  # says nothing of the classes
+        (tuple((i, i, i) for i in range(256)), True),
+    ],
+)
+def test_a_palette_in_another_order_than_the_classes_is_refused(folder, palette, fine):
+    names = ("road", "sky", "car")
+    lines = (f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip(names, (ROAD, SKY, CAR), strict=True))
+    (folder / "classes.txt").write_text("".join(lines))
+    ids, path = Image.fromarray(blocks(40, 56)), folder / "masks" / "val" / "0.png"
+    ids.putpalette(sum(palette, ()))
+    ids.save(path)
+    if fine:
+        assert np.array_equal(open_dataset("folder", "val", root=folder).raw(0)[1], blocks(40, 56))
+    else:
+        refused(path, "palette", "'sky'", split="val", load=0, root=folder)
+
+
+def test_a_black_class_beside_a_grey_ramp_and_an_ignored_value(folder):
+    (folder / "classes.txt").write_text("road 1 1 9\nsky 255 255 255\nvoid 0 0 0\n")
+    ids = blocks(40, 56)
+    ids[0] = 255  # white in the ramp, and ignored all the same
+    mask = Image.fromarray(ids)
+    mask.putpalette([i for i in range(256) for _ in range(3)])
+    mask.save(folder / "masks" / "val" / "0.png")
+    assert np.array_equal(open_dataset("folder", "val", root=folder).raw(0)[1], ids)
+
+
+# what an orientation does to the pixels (EXIF 2.3, tag 274): where its row 0 and its column 0 are in the picture
+SHOWN = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_of_images_and_their_masks(folder, orientation, suffix):
+    """A mask may be drawn on the picture as it is shown, or on the pixels as stored, or bear the same entry."""
+    exif, ids = Image.Exif(), blocks(40, 56, seed=3)
+    exif[274] = orientation
+    (folder / "images" / "val" / "0.png").unlink()
+    path, mask = folder / "images" / "val" / f"0.{suffix}", folder / "masks" / "val" / "0.png"
+    Image.fromarray(COLOURS[ids]).save(path, exif=exif, lossless=True, quality=95, subsampling=0)
+    shown = SHOWN[orientation](ids)
+    for how in ("shown", "stored", "entry"):
+        Image.fromarray(np.ascontiguousarray(shown if how == "shown" else ids)).save(
+            mask, **{"exif": exif} if how == "entry" else {}
+        )
+        data = open_dataset("folder", "val", root=folder)
+        image, label = data.raw(0)
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - COLOURS[shown]).mean() < 5
+        if how != "stored" or orientation in (1, 5, 6, 7, 8):  # of 2 to 4 the sizes do not tell it
+            assert np.array_equal(label, shown)
+        assert len(data.notes) == (orientation > 1)
+    save(mask, blocks(40, 57))
+    refused(path, mask, "57x40", *(["EXIF"] if orientation > 1 and suffix != "tif" else []), split="val", root=folder)
+
+
+def test_one_sideways_image_tells_how_all_masks_were_drawn(folder):
+    exif = Image.Exif()
+    for i, orientation in enumerate((6, 3)):
+        exif[274] = orientation
+        Image.fromarray(COLOURS[blocks(40, 56, seed=i)]).save(folder / "images" / "val" / f"{i}.png", exif=exif)
+        save(folder / "masks" / "val" / f"{i}.png", blocks(40, 56, seed=i))
+    data = open_dataset("folder", "val", root=folder)
+    for i, orientation in enumerate((6, 3)):
+        image, label = data.raw(i)
+        assert np.array_equal(label, SHOWN[orientation](blocks(40, 56, seed=i)))
+        assert np.array_equal(image.permute(1, 2, 0), COLOURS[label])
+    assert "2 of 2 images are turned" in data.notes[0]
+
+
+def test_one_mask_for_two_images(folder):
+    (folder / "images" / "train" / "3.jpg").write_bytes((folder / "images" / "train" / "3.png").read_bytes())
+    refused("3.jpg", "3.png", root=folder)
+    (folder / "images" / "train" / "3.jpg").unlink()
+    (folder / "masks" / "train" / "3.PNG").write_bytes((folder / "masks" / "train" / "3.png").read_bytes())
+    refused("3.PNG", "3.png", root=folder)
+
+
+@pytest.mark.parametrize("name", ["a\nb.png", "x.PNG", "e\u0301.png", "\udcff.png", "a b.png"], ids=ascii)
+def test_names_that_are_no_plain_ones(folder, name):
+    """A line end, a suffix in capitals, decomposed Unicode beside composed, what is no Unicode, a space."""
+    for kind in ("images", "masks"):
+        at = folder / kind / "val"
+        (at / "0.png").rename(at / (unicodedata.normalize("NFC", name) if kind == "masks" else name))
+    data = open_dataset("folder", "val", root=folder)
+    assert sorted(Path(data.file(i)).name for i in range(2)) == sorted(["1.png", name])
+    (folder / "images" / "val" / name).write_bytes(b"")
+    refused("cannot read", ascii(name)[1:-1] if "\n" in name else name, split="val", root=folder)
+
+
+def test_what_systems_leave_in_folders_is_no_image(folder):
+    for kind in ("images", "masks"):
+        for name in ("._0.png", ".DS_Store", "Thumbs.db", ".hidden.png"):
+            (folder / kind / "val" / name).write_bytes(b"\0\5\26\7")
+        (folder / kind / "val" / "folder.png").mkdir()
+    assert len(open_dataset("folder", "val", root=folder)) == 2
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_in_any_unicode(tmp_path, folder, encoding, end):
+    text = end.join(["open  road 1 2 3 ", "", " stra\u00dfe", "cafe\u0301,4,5,6", "", ""])
+    (folder / "classes.txt").write_bytes(text.encode(encoding))
+    info = open_dataset("folder", "val", root=folder).info
+    assert info.classes == ("open road", "stra\u00dfe", "caf\u00e9")
+    assert (info.palette[0], info.palette[2]) == ((1, 2, 3), (4, 5, 6))
+    write_tree("voc2012", tmp_path / "voc")
+    pairs = LAYOUTS["voc2012"]["train"]
+    names = ["my photo 1", "stra\u00dfe"]
+    for (image, mask), name in zip(pairs, names, strict=True):
+        for path in (image, mask):
+            path = tmp_path / "voc" / path
+            path.rename(path.with_stem(name))
+    lists = tmp_path / "voc" / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
+    (lists / "train.txt").write_bytes((end.join([*names[::-1], ""])).encode(encoding))
+    data = open_dataset("voc2012", "train", root=tmp_path / "voc")
+    assert [Path(data.file(i)).stem for i in range(2)] == names[::-1]  # in the order of the list
+    (lists / "train.txt").write_text("nosuch\n")
+    refused("nosuch.jpg: not found", name="voc2012", root=tmp_path / "voc")
+
+
+@pytest.mark.parametrize("raw", ["stra\u00dfe\n".encode("latin-1"), "road\n".encode("utf-32"), b"a\0b"])
+def test_text_that_is_no_unicode_is_refused(folder, raw):
+    (folder / "classes.txt").write_bytes(raw)
+    refused(folder / "classes.txt", "UTF-8", root=folder)
 
 
 @pytest.mark.parametrize(
@@ -509,8 +733,9 @@ def test_empty_classes(folder):
 
 
 def test_error_in_a_worker_is_one_line(folder):
+    data = open_dataset("folder", "train", root=folder)
     (folder / "masks" / "train" / "4.png").write_bytes(b"")
-    batches = iter(datasets.make_loader(open_dataset("folder", "train", root=folder), workers=1))
+    batches = iter(datasets.make_loader(data, workers=1))
     with pytest.raises(DataError) as caught:
         list(batches)
     datasets.kill_workers()  # left to the garbage collector it would take 5 s
@@ -883,14 +1108,93 @@ def test_training_ends_on_a_bad_file(folder, tmp_path, how):
 
 
 @pytest.fixture
-def trained(folder, tmp_path):
-    """Checkpoint of a network trained for two steps on `folder`."""
+def trained(folder, tmp_path, monkeypatch, figures_once):
+    """Checkpoint of a network trained for two steps on `folder`, named relative to the folder above."""
     out = tmp_path / "trained"
     threads = torch.get_num_threads()
-    flags = ["--dataset", "folder", "--data-root", folder, *UNET, "--dry-run", "--workers", 0, "--out", out]
-    train.main(list(map(str, flags)))
+    with monkeypatch.context() as patch:
+        patch.chdir(folder.parent)
+        flags = ["--dataset", "folder", "--data-root", folder.name, *UNET, "--dry-run", "--workers", 0, "--out", out]
+        train.main(list(map(str, flags)))
     torch.set_num_threads(threads)
     return out / "best.pt"
+
+
+def test_a_checkpoint_finds_data_of_a_relative_root_or_asks_for_the_flag(folder, tmp_path, trained, monkeypatch):
+    import evaluate
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert evaluate.main(["--weights", str(trained), "--out", "e"])["images"] == 2
+    (folder / "images").rename(tmp_path / "gone")
+    with pytest.raises(DataError, match=f"not found; is it under --data-root {folder}"):
+        evaluate.main(["--weights", str(trained), "--out", "e"])
+
+
+def test_resume_refuses_other_data_and_takes_what_has_moved(folder, tmp_path, trained):
+    def classes(*lines):
+        return lambda root: (root / "classes.txt").write_text("\n".join(lines))
+
+    def rename(root):
+        for kind in ("images", "masks"):
+            (root / kind / "val" / "1.png").rename(root / kind / "val" / "x.png")
+
+    changes = {
+        "only one of them has the classes bike": classes("open road 1 2 3", "car,4,5,6", "sky", "bike"),
+        "the classes were open road, car, sky and are car, open road, sky": classes(
+            "car,4,5,6", "open road 1 2 3", "sky"
+        ),
+        "the classes had other colours": classes("open road 1 2 3", "car,4,5,7", "sky"),
+        "train had 5 images and has 6": lambda root: more_images(root, "train", 6),
+        "val had 2 images and has 3": lambda root: more_images(root, "val", 3),
+        "the images of val had other names": rename,
+    }
+    flags = ["--resume", "--dry-run", "--out", str(trained.parent), "--epochs", "9", "--data-root"]
+    before = (trained.parent / "last.pt").read_bytes()
+    for i, (words, change) in enumerate(changes.items()):
+        root = tmp_path / f"changed{i}"
+        for part in ("images", "masks"):
+            shutil.copytree(folder / part, root / part)
+        shutil.copy(folder / "classes.txt", root)
+        change(root)
+        with pytest.raises(train.TrainingError, match=f"--resume .*{words}"):
+            train.main([*flags, str(root)])
+    assert (trained.parent / "last.pt").read_bytes() == before
+    classes("open road 1 2 3", "car,4,5,6", "", "sky", "")(root)
+    (root / "images" / "val" / "x.png").rename(root / "images" / "val" / "1.png")
+    (root / "masks" / "val" / "x.png").rename(root / "masks" / "val" / "1.png")
+    assert train.main([*flags, str(root)])["steps"] == 4
+
+
+def test_a_run_says_what_is_odd_in_its_data_and_stops_where_nothing_is_labelled(folder, tmp_path, capsys, figures_once):
+    """In val as well, before the first step."""
+    (folder / "classes.txt").write_text("road\ncar\nsky\nbike\n")
+    flags = ["--dataset", "folder", "--data-root", folder, *UNET, "--workers", 0, "--epochs", 1, "--out"]
+    train.main(list(map(str, [*flags, tmp_path / "a"])))
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert [note for note in notes if "no pixel of bike in 5 images" in note]
+    assert [note for note in notes if "2 of 2 images of val are also in train" in note]
+    for i in range(2):
+        save(folder / "masks" / "val" / f"{i}.png", np.full((40, 56), 255, np.uint8))
+    with pytest.raises(DataError, match="folder/val: nothing is labelled in 2 images"):
+        train.main(list(map(str, [*flags, tmp_path / "b"])))
+    assert not (tmp_path / "b" / "best.pt").exists()
+
+
+def test_predicting_a_folder_of_photos(folder, tmp_path, trained):
+    """Turned as shown, without what a Mac left there."""
+    import evaluate
+
+    photos, exif = tmp_path / "photos", Image.Exif()
+    photos.mkdir()
+    exif[274] = 6
+    Image.new("RGB", (56, 40)).save(photos / "a.JPG", exif=exif)
+    (photos / "._a.JPG").write_bytes(b"\0\5\26\7")
+    flags = ["--weights", str(trained), "--images", str(photos), "--out", str(tmp_path / "p")]
+    assert len(evaluate.main(flags)["written"]) == 2
+    assert Image.open(tmp_path / "p" / "a_ids.png").size == (40, 56)
+    with pytest.raises(DataError, match="--max-pixels"):
+        evaluate.main([*flags, "--max-pixels", "2000"])
 
 
 @pytest.mark.parametrize("how", ["truncated", "mask of another size"])
@@ -1109,6 +1413,34 @@ def test_class_distribution(folder):
         assert counts.dtype == torch.int64
         assert counts.tolist() == expected.tolist()
     assert counts.sum() == 5 * 40 * 56 - 7 * 56
+    assert not data.notes
+
+
+def test_classes_without_a_pixel_are_named(folder):
+    for i in range(5):
+        save(folder / "masks" / "train" / f"{i}.png", blocks(40, 56, classes=2, seed=i) * 255)
+    data = open_dataset("folder", "train", root=folder)
+    ignored = (blocks(40, 56, classes=2, seed=0) > 0).mean()
+    assert datasets.class_distribution(data).tolist()[1:] == [0, 0]
+    assert "no pixel of car, sky in 5 images" in data.notes[0]
+    assert 0 < ignored < 1
+    for i in range(5):
+        save(folder / "masks" / "train" / f"{i}.png", np.full((40, 56), 255, np.uint8))
+    with pytest.raises(DataError, match=r"folder/train: nothing is labelled in 5 images, 100\.0% .* ignored"):
+        datasets.class_distribution(open_dataset("folder", "train", root=folder))
+
+
+def test_images_of_both_splits_are_found_by_their_bytes(folder):
+    """The first two of train are val's, under the same names; one more is, under another."""
+    train_set, val_set = (open_dataset("folder", split, root=folder) for split in ("train", "val"))
+    expected = {(folder / "images" / "val" / f"{i}.png", folder / "images" / "train" / f"{i}.png") for i in range(2)}
+    assert set(datasets.shared_images(val_set, train_set)) == expected
+    (folder / "images" / "val" / "0.png").write_bytes((folder / "images" / "train" / "4.png").read_bytes())
+    save(folder / "images" / "val" / "1.png", COLOURS[blocks(40, 56, seed=77)])
+    assert datasets.shared_images(val_set, train_set) == [
+        (folder / "images" / "val" / "0.png", folder / "images" / "train" / "4.png")
+    ]
+    assert datasets.shared_images(open_dataset("synthetic", "val"), train_set) == []
 
 
 def test_class_distribution_of_scenes():
