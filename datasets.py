@@ -1332,6 +1332,11 @@ def not_empty(value):
     return value
 
 
+def absolute(value):
+    """A path that means the same from every folder."""
+    return Path(not_empty(value)).absolute()
+
+
 def checked_number(convert, test, what):
     """An argparse type: convert the text and check the value, or say what is expected."""
 
@@ -1380,7 +1385,7 @@ def add_data_args(parser):
     add, yes_no = parser.add_argument_group("data").add_argument, argparse.BooleanOptionalAction
     pair = {"nargs": 2, "type": pixels, "metavar": ("H", "W")}
     add("--dataset", choices=list(DATASETS), default="synthetic", help="data set")
-    add("--data-root", type=lambda text: Path(text).absolute(), metavar="PATH", help="folder of a real data set")
+    add("--data-root", type=absolute, metavar="PATH", help="folder of a real data set")
     add("--size", **pair, help="draw scenes at this size, resize real images to it; None: the data set's own")
     add("--crop", **pair, help="training crop in pixels; None: the data set's own")
     add("--batch-size", type=positive_int, default=8, metavar="N", help="images a step, over all processes")
