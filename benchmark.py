@@ -755,6 +755,9 @@ def draw(rows, path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    rows = [
+        row | {"name": name} for row, name in zip(rows, evaluate.drawable([row["name"] for row in rows]), strict=True)
+    ]
     scored = any(row["miou"] is not None and row["latency_ms"] for row in rows)
     low = 0.27 * len(rows) + 1.0  # inches
     figure = Figure(figsize=(13, (5.2 if scored else 0) + low), layout="constrained")

@@ -1433,7 +1433,8 @@ def contact_sheet(dataset, count=8, columns=2, width=1024):
         image, mask = dataset.raw(i)
         pair = Image.fromarray(np.hstack([image.permute(1, 2, 0).numpy(), palette[mask.numpy()]]))
         cell = width // columns
-        cells.append(pair.resize((cell, round(pair.height * cell / pair.width)), Image.Resampling.LANCZOS))
+        scale = min(cell / pair.width, 2 * cell / pair.height)  # of a tall image the cell is not filled
+        cells.append(pair.resize([max(1, round(scale * side)) for side in pair.size], Image.Resampling.LANCZOS))
     rows = -(-len(cells) // columns)
     high = max(cell.height for cell in cells)
     sheet = Image.new("RGB", (width, rows * high), "white")

@@ -595,13 +595,50 @@ def overlay(image, ids, palette, alpha=0.5):
     return torch.lerp(image.float(), colorize(ids, palette).float(), alpha).round().to(torch.uint8)
 
 
-def save_figure(figure, path, *, limit=200_000):
-    """Write a matplotlib figure as PNG of 256 colours, at 100 dpi or as many as keep it under `limit` bytes."""
+FONTS = ["DejaVu Sans"]  # matplotlib's own, and those that drawable() found to be needed beside it
+
+
+def drawable(names, length=40):
+    """Names as figures can show them: in fonts of this machine, without mathematics, of `length` characters at most.
+
+    Where no font has a character, it becomes a question mark, which is said on stderr.
+    """
+    from matplotlib import font_manager
+
+    def characters(file):
+        try:
+            font = font_manager.get_font(file)
+            return {chr(code) for code in font.get_charmap()} if font.scalable else set()
+        except (OSError, RuntimeError):  # a damaged file
+            return set()
+
+    missing = {c for c in "".join(names) if not c.isspace()}
+    for family in FONTS:
+        missing -= characters(font_manager.findfont(family)) if missing else set()
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name) if missing else ():
+        if "Last" not in font.name and missing & (has := characters(font.fname)):  # the font of last resort has boxes
+            missing -= has
+            FONTS.append(font.name)
+    if missing:
+        print(f"no font here has {''.join(sorted(missing))}: figures show ? in place of each; "
+              "the Noto fonts have most", file=sys.stderr)  # fmt: skip
+    shown = ("".join("?" if c in missing else c for c in " ".join(name.split())) for name in names)
+    return [(name if len(name) <= length else name[: length - 1] + "…").replace("$", r"\$") for name in shown]
+
+
+def save_figure(figure, path, *, limit=200_000, pixels=20e6):
+    """Write a matplotlib figure as PNG of 256 colours, at 100 dpi or as many as keep it under `limit` bytes, and within
+    `pixels` pixels."""
+    import matplotlib
     from PIL import Image
+
+    width, height = figure.get_size_inches()
+    most = min((pixels / width / height) ** 0.5, 30_000 / width, 30_000 / height)  # dpi
 
     for dpi in (100, 80, 65, 50, 40):
         drawn, packed = io.BytesIO(), io.BytesIO()
-        figure.savefig(drawn, dpi=dpi)
+        with matplotlib.rc_context({"font.sans-serif": FONTS}):
+            figure.savefig(drawn, dpi=min(dpi, most))
         image = (
             Image.open(drawn).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         )
@@ -616,7 +653,7 @@ def plot_confusion(matrix, classes, path):
     """Confusion matrix (K, K) of pixel counts, each row in percent of its label's pixels."""
     from matplotlib.figure import Figure
 
-    counts = torch.as_tensor(matrix).double()
+    counts, classes = torch.as_tensor(matrix).double(), drawable(classes)
     percent = 100 * counts / counts.sum(1, keepdim=True)  # NaN, drawn grey, where the label never occurs
     k = len(classes)
     side = max(4.0, 0.38 * k + 1.6)
@@ -671,7 +708,7 @@ def class_bars(values, classes, palette):
     axes = figure.subplots()
     colors = [tuple(c / 255 for c in rgb) for rgb in palette]
     axes.barh(range(len(classes)), values, color=colors, edgecolor="0.3", linewidth=0.5)
-    axes.set_yticks(range(len(classes)), classes)
+    axes.set_yticks(range(len(classes)), drawable(classes))
     axes.set_ylim(len(classes) - 0.4, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="0.9")
@@ -696,7 +733,7 @@ def plot_examples(rows, info, path):
     present = sorted({int(v) for _, label, ids in rows for v in torch.cat([label.unique(), ids.unique()]).long()})
     present = [c for c in present if c != info.ignore_index and c < len(info.classes)]
     legend_rows = math.ceil((len(present) + 3) / 8)
-    tall = (3.0 * height / width + 0.2) * len(rows)
+    tall = (min(6.0, 3.0 * height / width) + 0.2) * len(rows)  # inches; a narrower image leaves room beside it
     figure = Figure(figsize=(12.2, tall + 0.5 + 0.24 * legend_rows), layout="constrained")
     axes = figure.subplots(len(rows), 4, squeeze=False)
     for line, (image, label, ids) in zip(axes, rows, strict=True):
@@ -709,7 +746,8 @@ def plot_examples(rows, info, path):
         line[3].set_xlabel(f"{accuracy:.1f}% of pixels correct", fontsize=8)
     for cell, title in zip(axes[0], ("image", "label", "prediction", "error"), strict=True):
         cell.set_title(title)
-    named = [(info.classes[c], info.palette[c]) for c in present]
+    shown = drawable(info.classes)
+    named = [(shown[c], info.palette[c]) for c in present]
     named += [*zip(("correct", "wrong"), ERROR_COLOURS, strict=True), ("ignored", (0, 0, 0))]
     patches = [Patch(facecolor=[c / 255 for c in rgb], edgecolor="0.3", label=name) for name, rgb in named]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(8, len(patches)), fontsize=8, frameon=False)
@@ -995,6 +1033,8 @@ def lacking(error):
         return f"out of memory ({said}): give a smaller --batch-size, --size or --crop, or a smaller network"
     if isinstance(error, ImportError):
         return f"{said}: pip install -r requirements.txt (of the tests and other backends: requirements-dev.txt)"
+    if sys.flags.optimize > 1 and "docstring" in said:  # the transformers package reads its own
+        return "python -OO takes away docstrings that a package needs for this network: use -O"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         said = said.partition(" Set TORCHDYNAMO")[0]
         return f"--compile fails here ({said}): leave it out, or install a C++ compiler"

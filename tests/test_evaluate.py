@@ -1,6 +1,7 @@
 """evaluate.py against independent references: scikit-learn, SciPy, F.interpolate, and plain loops."""
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -15,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage, special
 from sklearn import metrics as sk
@@ -810,6 +813,37 @@ def test_weights_size_leaves_optimizer_state_out(checkpoint):
     saved = {"state_dict": models.load_checkpoint(checkpoint)[1]["state_dict"], "training": {}}
     assert evaluate.weights_mb(checkpoint, saved) == size / 2**20
     assert evaluate.weights_mb(checkpoint, {}) == pytest.approx(size / 2**20, rel=0.05)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [(1400, 8), (8, 1400), (1, 1)])
+def test_figures_of_extreme_shapes_are_bounded(size, tmp_path):
+    k = 30
+    info = datasets.open_dataset("synthetic", "val", length=1).info
+    info = dataclasses.replace(info, classes=tuple(f"class {i}" for i in range(k)), palette=((1, 2, 3),) * k)
+    rows = [(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8), torch.zeros(size).byte())]
+    evaluate.plot_examples(rows * 4, info, tmp_path / "examples.png")
+    figure = Figure(figsize=(300, 2))
+    evaluate.save_figure(figure, tmp_path / "wide.png", pixels=1e6)
+    shapes = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
+    assert max(shapes["examples.png"]) < 4000
+    width, height = shapes["wide.png"]
+    assert 0.5e6 < width * height <= 1e6
+
+
+@pytest.mark.filterwarnings("error")
+def test_class_names_of_any_script_are_drawn_or_their_absence_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "FONTS", evaluate.FONTS[:1])
+    assert evaluate.drawable(["road", "Straße", "пешеход", "a" * 50]) == ["road", "Straße", "пешеход", "a" * 39 + "…"]
+    assert evaluate.drawable(["$x_1$", "a\nb"]) == [r"\$x_1\$", "a b"]
+    assert evaluate.FONTS == ["DejaVu Sans"]
+    known = font_manager.fontManager.ttflist
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [font for font in known if "DejaVu" in font.name])
+    assert capsys.readouterr().err == ""
+    assert evaluate.drawable(["路面", "sky $"]) == ["??", r"sky \$"]
+    assert capsys.readouterr().err.count("no font here has 路面") == 1
+    evaluate.plot_class_iou([50.0, 20.0], ["路面", "$sky$"], ((1, 2, 3),) * 2, tmp_path / "iou.png")
+    assert (tmp_path / "iou.png").stat().st_size > 0
 
 
 # ---- gallery --------------------------------------------------------------------------------------------------------

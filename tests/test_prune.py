@@ -995,7 +995,7 @@ def test_a_sweep_is_a_run_for_each_amount_and_a_curve(float_checkpoint, tmp_path
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--structured", "--pattern", "2:4"], "leave out --structured"),
+        (["--structured", "--pattern", "2:4"], "--pattern is of single weights, not of --structured"),
         (["--steps", "2"], "--steps is of --structured"),
         (["--sparsity-schedule", "cubic", "--epochs", "0"], "while it trains"),
         (["--structured", "--amount", "0.999", "--importance", "l1"], "with every group at its floor"),
