@@ -898,7 +898,7 @@ def read_last(path, script):
     best = path.with_name("best.pt")
     if best.exists() and models.read_checkpoint(best).get("run") != last.get("run"):
         raise ModelError(f"{best} and {path.name} are of two runs: keep those of one, or leave out --resume")
-    if last["training"]["best"] and not best.exists():
+    if last["training"].get("best") and not best.exists():
         raise ModelError(f"{path} cannot be gone on with: best.pt, which was beside it, is gone")
     return last
 

@@ -50,8 +50,8 @@ def figures_once(monkeypatch):
         if path.name not in FIGURES:
             draw(figure, path, **options)
             FIGURES[path.name] = path.read_bytes()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(FIGURES[path.name])
+        with models.replacing(path) as temporary:
+            temporary.write_bytes(FIGURES[path.name])
 
     monkeypatch.setattr(evaluate, "save_figure", once)
 

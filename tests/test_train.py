@@ -8,11 +8,13 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import made_up
 from torch import nn
 
 import datasets
@@ -492,6 +494,118 @@ def test_a_run_says_how_long_it_takes_and_when_it_became_slow(monkeypatch, capsy
     lines = [line for line in others if line not in warnings]
     assert 2 < len(lines) < 6  # in 260 s
     assert lines[0][1].endswith(" steps to go: loss 1")
+
+
+def run_unet(out, *flags):
+    """A run of two steps of a network of 8,000 parameters."""
+    net = ["--model", "unet", "--width", "1", "--size", "32", "32", "--crop", "32", "32", "--epochs", "1"]
+    return train.main([*SMALL[8:], *net, "--no-pretrained", "--out", str(out), *flags])
+
+
+def test_a_made_up_state_to_go_on_from_is_taken_or_refused_in_one_line(tmp_path):
+    run_unet(tmp_path, "--ema", "0.9")
+    last, info = read(tmp_path / "last.pt"), datasets.open_dataset("synthetic", "val", size=(32, 32))
+    argv = ["--resume", "--out", str(tmp_path)]
+    shared = dict(script="train.py", name="train", fixed=train.NETWORK_FLAGS)
+
+    def resume():
+        args, found = train.parse(train.get_parser(), argv, **shared)
+        objective = Objective(train.make_network(args, 19, found), None)
+        optimizer, _ = train.optimizer_and_schedule(args, objective, 2)
+        train.Keeper(
+            objective, info, optimizer=optimizer, scaler=None, ema=Ema(objective.model, 0.9), out_dir=tmp_path,
+            save=None, device=torch.device("cpu"), amp_dtype=None, workers=0, writer=None,
+        ).resume(found["training"])  # fmt: skip
+
+    resume()
+    refused = 0
+    for part in ("training", "args"):
+        for what, content in itertools.islice(made_up(last[part], tries=1), 0, None, 4):
+            torch.save(last | {part: content}, tmp_path / "last.pt")
+            line = ""
+            try:
+                resume()
+            except models.ModelError as error:
+                line = str(error)
+            except Exception as error:
+                raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+            assert "\n" not in line
+            refused += line != ""
+    assert refused > 10
+
+
+def test_best_and_last_of_two_runs_are_not_gone_on_with(tmp_path):
+    for name in ("a", "b"):
+        run_unet(tmp_path / name)
+    os.replace(tmp_path / "a" / "last.pt", tmp_path / "b" / "last.pt")
+    with pytest.raises(models.ModelError, match="of two runs"):
+        train.main(["--resume", "--out", str(tmp_path / "b")])
+    (tmp_path / "b" / "best.pt").unlink()
+    with pytest.raises(models.ModelError, match=r"best\.pt, which was beside it, is gone"):
+        train.main(["--resume", "--out", str(tmp_path / "b")])
+
+
+def test_the_state_of_another_optimizer_is_not_read():
+    model = tiny()
+    saved = make_optimizer(Objective(model, None), "adamw", lr=1.0, backbone_lr=1.0, weight_decay=0.0).state_dict()
+    optimizer = make_optimizer(Objective(model, None), "adamw", lr=1.0, backbone_lr=1.0, weight_decay=0.0)
+    p = optimizer.param_groups[0]["params"][0]
+    right = {"step": torch.tensor(1.0), "exp_avg": torch.randn_like(p), "exp_avg_sq": torch.rand_like(p)}
+    train.load_optimizer(optimizer, saved | {"state": {0: right}})
+    assert same(optimizer.state[p], right)
+    wrong = [{"exp_avg": torch.zeros(1)}, {"exp_avg": right["exp_avg"][None]}, {"step": torch.zeros(2)}, {"more": p}]
+    for state in (*(right | one for one in wrong), {k: right[k] for k in ("step", "exp_avg")}):
+        with pytest.raises(models.ModelError, match="do not fit"):
+            train.load_optimizer(optimizer, saved | {"state": {0: state}})
+
+
+# ---- one folder, one run ----
+
+
+def test_what_a_run_left_is_kept_aside_once_another_has_something_to_write(tmp_path, capsys, monkeypatch):
+    run_unet(tmp_path)
+    (tmp_path / "amount-0.5").mkdir()
+    (tmp_path / "amount-0.5" / "best.pt").write_bytes(b"of a sweep")
+    (tmp_path / "mine").mkdir()
+    first = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def there(folder):
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    with pytest.raises(models.ModelError, match="whole network"):
+        run_unet(tmp_path, "--head", "fpn")  # nothing is written
+    assert there(tmp_path) == first
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"best\.pt"):
+            run_unet(tmp_path)
+    assert {k: v for k, v in there(tmp_path).items() if k in first} == first
+    assert not (tmp_path / "kept-1").exists()
+    capsys.readouterr()
+    for n in (1, 2):
+        before = there(tmp_path)
+        run_unet(tmp_path, "--lr", "0.1")
+        assert f"is kept in {tmp_path / f'kept-{n}'}" in capsys.readouterr().out
+        assert there(tmp_path / f"kept-{n}") == {k: v for k, v in before.items() if "kept-1" not in k.parts}
+    assert there(tmp_path / "kept-1") == first
+    assert (tmp_path / "mine").exists()
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(tmp_path):
+    code = f"import evaluate, time; evaluate.claim({str(tmp_path)!r}); print('claimed', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "claimed\n"
+        with pytest.raises(models.ModelError, match="another run is writing there"):
+            run_unet(tmp_path)
+        assert os.listdir(tmp_path) == [".lock"]
+        first.kill()
+    (tmp_path / f"best.pt.{first.pid}.tmp").write_bytes(b"half")
+    run_unet(tmp_path)
+    assert not {p.name for p in tmp_path.iterdir()} & {".lock", f"best.pt.{first.pid}.tmp"}
 
 
 # ---- several processes ----
