@@ -410,7 +410,7 @@ def evaluate(
     if reduce:
         matrix, edges = matrix.reduce(), edges and edges.reduce()
         images_seen = int(sum_over_processes(torch.tensor(images_seen)))
-    if not matrix.counts.any():
+    if images_seen and not matrix.counts.any():  # without images, it was stopped
         raise DataError(f"nothing is labelled in the {images_seen} images to score: every pixel is ignored")
     metrics = matrix.metrics() | {"confusion": matrix.counts.tolist(), "images": images_seen}
     metrics["images_per_second"] = images_seen / (time.perf_counter() - start)

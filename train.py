@@ -439,10 +439,10 @@ class Keeper:
     def resume(self, training):
         """Take up the "training" entry of a last.pt; learning rates and so on stay those of the optimizer given. Raises
         TrainingError where it is none of this network, or of other data."""
-        if other := "; ".join(changes(training.get("data", self.data), self.data)):  # older files do not say
-            raise TrainingError(f"--resume goes on with the data that the run in {self.out_dir} began with: {other}")
         columns = {"epoch", "step", "lr", "loss", "images_per_second", *self.objective.report()}
         try:
+            if other := "; ".join(changes(training.get("data", self.data), self.data)):  # older files do not say
+                raise ModelError(f"its data were others: {other}")
             self.state.update({k: training[k] for k in self.state})
             if lacking := [sorted(columns - row.keys()) for row in training["history"] if columns - row.keys()]:
                 raise ModelError(f"its history has no {', '.join(lacking[0])}")
@@ -455,7 +455,7 @@ class Keeper:
                 models.copy_tensors(self.ema.shadow, training["ema"]["shadow"], "averages")
         except Exception as error:  # whatever wrong types lead to
             why = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {models.one_line(error)}"
-            raise TrainingError(f"last.pt cannot be gone on with: {why}") from error
+            raise TrainingError(f"--resume: {self.out_dir / 'last.pt'} cannot be gone on with: {why}") from error
 
     def own_state(self):
         """What the objective trains besides the network."""

@@ -1,6 +1,7 @@
 """Training: schedules, optimizer and average against torch, resume to the bit, two processes like one, the CLI."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -424,7 +425,8 @@ def test_a_resumed_run_learns_at_the_rates_it_is_given(tmp_path, monkeypatch, op
     run(tmp_path, "--epochs", "1", "--optimizer", optimizer, "--lr", "0.002")
     seen, make = [], train.make_optimizer
     monkeypatch.setattr(train, "make_optimizer", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1])
-    new = {"--lr": 0.004, "--backbone-lr": 0.001, "--weight-decay": 0.3, "--momentum": 0.5, "--epochs": 2}
+    new = {"--lr": 0.004, "--backbone-lr": 0.001, "--weight-decay": 0.3, "--epochs": 2}
+    new |= {"--momentum": 0.5} if optimizer == "sgd" else {}
     train.main(["--resume", "--out", str(tmp_path), *(str(x) for pair in new.items() for x in pair)])
     groups = seen[0].param_groups
     assert {g["base_lr"] for g in groups} == {0.004, 0.001}
@@ -443,7 +445,10 @@ def another(action, value):
         return [action.option_strings[0]]
     if action.choices:
         return [action.option_strings[0], str(next(c for c in reversed(list(action.choices)) if c != value))]
-    number = {"cat_max_ratio": "0.3", "train_share": "0.3", "flip": "0.3"}.get(action.dest, "7")
+    for number in ("7", "0.3"):
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            if action.type and action.type(number):
+                break
     return [action.option_strings[0], *([number] * (action.nargs if isinstance(action.nargs, int) else 1))]
 
 
@@ -452,12 +457,16 @@ def test_on_resume_every_flag_takes_effect_or_is_refused(tmp_path):
     run(tmp_path, "--epochs", "1")
     last = read(tmp_path / "last.pt")["args"]
     shared = dict(script="train.py", name="train", fixed=train.NETWORK_FLAGS)
+    of_others = {name for name, _, _, read in train.get_parser().conditions if not read(argparse.Namespace(**last))}
     for action in train.get_parser()._actions:
         if action.dest in ("help", "out", "resume"):
             continue
         argv = ["--resume", "--out", str(tmp_path), *another(action, last.get(action.dest))]
         if action.dest in (*train.FIXED_FLAGS, *train.NETWORK_FLAGS):
             with pytest.raises(models.ModelError, match=f"--{action.dest.replace('_', '-')} cannot change now"):
+                train.parse(train.get_parser(), argv, **shared)
+        elif action.dest in of_others:
+            with pytest.raises(models.ModelError, match="leave it out"):
                 train.parse(train.get_parser(), argv, **shared)
         else:
             args, _ = train.parse(train.get_parser(), argv, **shared)
@@ -514,7 +523,7 @@ def test_a_made_up_state_to_go_on_from_is_taken_or_refused_in_one_line(tmp_path)
         optimizer, _ = train.optimizer_and_schedule(args, objective, 2)
         train.Keeper(
             objective, info, optimizer=optimizer, scaler=None, ema=Ema(objective.model, 0.9), out_dir=tmp_path,
-            save=None, device=torch.device("cpu"), amp_dtype=None, workers=0, writer=None,
+            save=None, device=torch.device("cpu"), amp_dtype=None, workers=0, writer=None, data=last["training"]["data"],
         ).resume(found["training"])  # fmt: skip
 
     resume()
