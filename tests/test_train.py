@@ -523,7 +523,8 @@ def test_a_made_up_state_to_go_on_from_is_taken_or_refused_in_one_line(tmp_path)
         optimizer, _ = train.optimizer_and_schedule(args, objective, 2)
         train.Keeper(
             objective, info, optimizer=optimizer, scaler=None, ema=Ema(objective.model, 0.9), out_dir=tmp_path,
-            save=None, device=torch.device("cpu"), amp_dtype=None, workers=0, writer=None, data=last["training"]["data"],
+            save=None, device=torch.device("cpu"), amp_dtype=None, workers=0, writer=None,
+            data=last["training"]["data"],
         ).resume(found["training"])  # fmt: skip
 
     resume()
