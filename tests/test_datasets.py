@@ -1,4 +1,3 @@
-import argparse
 import itertools
 import json
 import os
@@ -1034,7 +1033,7 @@ def test_class_weights_unknown():
 
 
 def parse(*argv):
-    parser = argparse.ArgumentParser()
+    parser = datasets.Parser("")
     datasets.add_data_args(parser)
     return parser.parse_args(argv)
 

@@ -803,9 +803,10 @@ def test_figures_of_extreme_shapes_are_bounded(size, tmp_path):
     evaluate.plot_examples(rows * 4, info, tmp_path / "examples.png")
     figure = Figure(figsize=(300, 2))
     evaluate.save_figure(figure, tmp_path / "wide.png", pixels=1e6)
-    shapes = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
-    assert max(shapes["examples.png"]) < 4000
-    width, height = shapes["wide.png"]
+    with Image.open(tmp_path / "examples.png") as image:
+        assert max(image.size) < 4000
+    with Image.open(tmp_path / "wide.png") as image:
+        width, height = image.size
     assert 0.5e6 < width * height <= 1e6
 
 
