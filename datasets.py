@@ -1359,7 +1359,7 @@ def whole(low, high=10**9):
 
 positive_int, count = whole(1), whole(0)
 seed_number = whole(0, 10**18)  # torch.manual_seed() takes 63 bits
-pixels = whole(1, 2**16)  # the side of an image
+pixels = whole(8, 2**16)  # the side of an image that is resized: torch cannot resize bytes to 1 x 1
 thread_count = whole(1, 1024)
 worker_count = whole(0, 256)
 positive_float = checked_number(float, lambda v: 0 < v < math.inf, "a number above 0")

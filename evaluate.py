@@ -1027,12 +1027,14 @@ def run_cli(main):
 
 
 def lacking(error):
-    """One line about what this machine lacks where that is what an exception says: memory, a package, a compiler."""
+    """One line about what is short where that is what an exception says: memory, a package, a compiler, a batch."""
     said = models.one_line(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("allocate memory|out of memory", said):
         return f"out of memory ({said}): give a smaller --batch-size, --size or --crop, or a smaller network"
     if isinstance(error, ImportError):
         return f"{said}: pip install -r requirements.txt (of the tests and other backends: requirements-dev.txt)"
+    if "more than 1 value per channel" in said:
+        return "BatchNorm needs more than one value a channel: give a larger --batch-size or --crop, or --norm group"
     if sys.flags.optimize > 1 and "docstring" in said:  # the transformers package reads its own
         return "python -OO takes away docstrings that a package needs for this network: use -O"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -1357,8 +1359,8 @@ def make_parser():
     add("--tta", action="store_true", help=f"test-time augmentation: scales {TTA_SCALES} and flip")
     add("--scales", type=image_scale, nargs="+", help="image scales to average over; left out: 1")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
-    add("--slide", type=pixels, nargs=2, metavar=("H", "W"), help="sliding window, pixels")
-    add("--slide-stride", type=pixels, nargs=2, metavar=("H", "W"), help="its stride; left out: 2/3 of it")
+    add("--slide", type=positive_int, nargs=2, metavar=("H", "W"), help="sliding window, pixels")
+    add("--slide-stride", type=positive_int, nargs=2, metavar=("H", "W"), help="its stride; left out: 2/3 of it")
     add("--crf", type=count, default=0, metavar="N", help="mean-field steps of a dense CRF on the prediction")
     add("--boundary", action=argparse.BooleanOptionalAction, default=True, help="boundary IoU too")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
@@ -1366,7 +1368,7 @@ def make_parser():
     add("--threads", type=thread_count, help="CPU threads; left out: PyTorch's choice")
     add("--out", help="folder to write to; left out: checkpoints/evaluate")
     add("--dry-run", action="store_true", help="two images only")
-    scoring = "--dataset --data-root --split --batch-size --workers --boundary"
+    scoring = "--dataset --data-root --split --batch-size --workers"
     options = "--void-as-class --train-share --val-drives --download"
     parser.only(f"{scoring} {options}", "scoring, not of --images", lambda args: not args.images)
     parser.only("--slide-stride", "--slide H W, the window", lambda args: args.slide)

@@ -1,4 +1,3 @@
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -1484,7 +1483,7 @@ def test_class_weights_unknown():
 
 
 def parse(*argv):
-    parser = argparse.ArgumentParser()
+    parser = datasets.Parser("")
     datasets.add_data_args(parser)
     return parser.parse_args(argv)
 

@@ -30,6 +30,7 @@ import models
 from evaluate import BoundaryIoU, ConfusionMatrix, Kernel, mean_field, predict, upsample_rows
 
 SCENE = (32, 64)
+BackendCompilerFailed = type("BackendCompilerFailed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})
 
 
 class Tiny(nn.Module):
@@ -825,9 +826,10 @@ def test_figures_of_extreme_shapes_are_bounded(size, tmp_path):
     evaluate.plot_examples(rows * 4, info, tmp_path / "examples.png")
     figure = Figure(figsize=(300, 2))
     evaluate.save_figure(figure, tmp_path / "wide.png", pixels=1e6)
-    shapes = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
-    assert max(shapes["examples.png"]) < 4000
-    width, height = shapes["wide.png"]
+    with Image.open(tmp_path / "examples.png") as image:
+        assert max(image.size) < 4000
+    with Image.open(tmp_path / "wide.png") as image:
+        width, height = image.size
     assert 0.5e6 < width * height <= 1e6
 
 
@@ -844,6 +846,33 @@ def test_class_names_of_any_script_are_drawn_or_their_absence_is_said_once(tmp_p
     assert capsys.readouterr().err.count("no font here has 路面") == 1
     evaluate.plot_class_iou([50.0, 20.0], ["路面", "$sky$"], ((1, 2, 3),) * 2, tmp_path / "iou.png")
     assert (tmp_path / "iou.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory (MemoryError): give a smaller --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory ("),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory (CUDA out of memory."),
+        (ModuleNotFoundError("No module named 'onnx'"), "No module named 'onnx': pip install -r requirements.txt"),
+        (BackendCompilerFailed("no compiler"), "--compile fails here (no compiler): leave it out"),
+        (ValueError("Expected more than 1 value per channel when training"), "BatchNorm needs more than one value"),
+        (OSError(28, "No space left on device", "a.pt"), "[Errno 28] No space left on device: 'a.pt'"),
+    ],
+)
+def test_what_a_machine_lacks_is_one_line_and_status_2(error, said, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        evaluate.run_cli(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, line[: len(said) + 7]) == (2, f"error: {said}")
+
+
+def test_a_fault_of_the_code_is_still_a_traceback():
+    with pytest.raises(ZeroDivisionError):
+        evaluate.run_cli(lambda: 1 / 0)
 
 
 # ---- gallery --------------------------------------------------------------------------------------------------------
