@@ -10,6 +10,7 @@ rate. So a run that was stopped and resumed ends in the same bits as one that wa
 
 Writes to --out (default checkpoints/train): best.pt (best mIoU; the EMA's weights with --ema), last.pt (everything
 --resume needs), history.csv, results.json, and the figures curves, class_distribution, confusion, class_iou, examples.
+What an earlier run left there is first moved to kept-1, kept-2, ... within it.
 """
 
 import argparse
