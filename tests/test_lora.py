@@ -437,7 +437,7 @@ def test_a_made_up_adapter_fits_or_is_refused_in_one_line(base, tmp_path):
     path = base(model="unet", width=1)
     run(path, tmp_path / "run", "--rank", "1")
     good, refused = torch.load(tmp_path / "run" / "adapter.pt", weights_only=True), 0
-    for what, adapter in itertools.islice(made_up(good, tries=1), 0, None, 2):
+    for what, adapter in itertools.islice(made_up(good, tries=1), 0, None, 4):
         torch.save(adapter, tmp_path / "a.pt")
         line = ""
         try:
@@ -450,7 +450,7 @@ def test_a_made_up_adapter_fits_or_is_refused_in_one_line(base, tmp_path):
             raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
         assert "\n" not in line
         refused += line != ""
-    assert refused > 20
+    assert refused > 10
 
 
 @pytest.mark.parametrize("script", [lora, prune, quantize])

@@ -702,7 +702,7 @@ def test_a_made_up_description_of_a_quantized_network_is_read_or_refused_in_one_
     about = dict(data=data, pretrained="no", command="quantize.py", compression=[entry | {"state": "int8"}])
     save_checkpoint(tmp_path / "q.pt", converted, **about)
     good, refused = torch.load(tmp_path / "q.pt", weights_only=True), 0
-    for what, step in itertools.islice(made_up(good["compression"][0], tries=1), 0, None, 2):
+    for what, step in itertools.islice(made_up(good["compression"][0], tries=1), 0, None, 3):
         torch.save(good | {"compression": [step]}, tmp_path / "q.pt")
         line = ""
         try:
@@ -713,7 +713,7 @@ def test_a_made_up_description_of_a_quantized_network_is_read_or_refused_in_one_
             raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
         assert "\n" not in line
         refused += line != ""
-    assert refused > 10
+    assert refused > 5
 
 
 @pytest.mark.parametrize("flags", [["--method", "qat", "--adaround", "10"], ["--adaround", "-1"]])

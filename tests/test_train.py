@@ -445,7 +445,7 @@ def another(action, value):
 
 def test_on_resume_every_flag_takes_effect_or_is_refused(tmp_path):
     """Taking effect: what is given is in the flags that the run reads (tests/test_project.py sees that they are)."""
-    run(tmp_path, "--epochs", "1")
+    run_unet(tmp_path)
     last = read(tmp_path / "last.pt")["args"]
     shared = dict(script="train.py", name="train", fixed=train.NETWORK_FLAGS)
     for action in train.get_parser()._actions:
@@ -493,7 +493,7 @@ def test_a_made_up_state_to_go_on_from_is_taken_or_refused_in_one_line(tmp_path)
     resume()
     refused = 0
     for part in ("training", "args"):
-        for what, content in itertools.islice(made_up(last[part], tries=1), 0, None, 4):
+        for what, content in itertools.islice(made_up(last[part], tries=1), 0, None, 9):
             torch.save(last | {part: content}, tmp_path / "last.pt")
             line = ""
             try:
@@ -504,7 +504,7 @@ def test_a_made_up_state_to_go_on_from_is_taken_or_refused_in_one_line(tmp_path)
                 raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
             assert "\n" not in line
             refused += line != ""
-    assert refused > 10
+    assert refused > 5
 
 
 def test_best_and_last_of_two_runs_are_not_gone_on_with(tmp_path):
