@@ -76,10 +76,10 @@ def replacing(path):
     if Path(path).exists() and not Path(path).is_file():
         raise ModelError(f"{path} is {'a folder' if Path(path).is_dir() else 'no regular file'}: name a file to write")
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     claimed = [folder for folder in path.parents if folder in CLAIMED]
     for folder in claimed:
         CLAIMED[folder]()
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not claimed:
         remove_litter(path.parent, path.name)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

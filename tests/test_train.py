@@ -445,7 +445,7 @@ def another(action, value):
 
 def test_on_resume_every_flag_takes_effect_or_is_refused(tmp_path):
     """Taking effect: what is given is in the flags that the run reads (tests/test_project.py sees that they are)."""
-    run_unet(tmp_path)
+    run(tmp_path, "--epochs", "1")
     last = read(tmp_path / "last.pt")["args"]
     shared = dict(script="train.py", name="train", fixed=train.NETWORK_FLAGS)
     for action in train.get_parser()._actions:
