@@ -315,6 +315,10 @@ def adapt(model, method, *, num_classes, targets=(), soma=False, norm_stats=Fals
 
 def attach(model, adapter):
     """Put what adapter.pt holds into the network that it belongs to -> Adapted. No tensor of it is written."""
+    state = model.state_dict()
+    other = [k for k, t in adapter["state"].items() if k in state and state[k].shape != t.shape]
+    if other and set(other) - set(models.classifier_of(model.build)):
+        raise ModelError(f"{', '.join(other)} are of other shapes")
     patch, branches = Adapted(model, **adapter["options"]), {}
     for key, value in (adapter["numbers"] | adapter["state"]).items():
         name, _, leaf = key.rpartition(".")
@@ -325,8 +329,10 @@ def attach(model, adapter):
     patch.set(model, "build", adapter["build"])
     for name, tensors in branches.items():
         patch.wrap(name)
-        model.get_submodule(name).eval()
+        layer = model.get_submodule(name).eval()
         for leaf, tensor in tensors.items():
+            if getattr(layer, leaf).shape != tensor.shape:
+                raise ModelError(f"{leaf} of {name} has the shape {list(tensor.shape)}")
             patch.put(f"{name}.{leaf}", tensor)
     return patch
 

@@ -1806,7 +1806,7 @@ STEPS = {  # the same of a step of compression
 ADAPTER = {  # the same of what lora.py writes
     "state": are_tensors,
     "numbers": lambda x: all(map(is_whole, x.values())),
-    "options": is_plain,
+    "options": lambda x: is_plain(x) and 0 <= x["dropout"] < 1,
     "base": lambda x: is_text(x["id"]) and is_text(x["hash"]),
     **{key: FIELDS[key] for key in ("data", "build", "args", "metrics")},
 }

@@ -575,6 +575,8 @@ def rebuild(model, step, state):
         put(model, name, like.new_empty(shape))
     fit_attributes(model, step["plan"])
     if step["plan"]:
+        if len(step["channels"]) != len(model.channels):
+            raise ModelError(f"it has {len(step['channels'])} feature maps, not {len(model.channels)}")
         model.channels = model.backbone.channels = list(step["channels"])
 
 

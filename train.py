@@ -12,6 +12,7 @@ them ends it at once.
 
 Writes to --out (default checkpoints/train): best.pt (best mIoU; the EMA's weights with --ema), last.pt (everything
 --resume needs), history.csv, results.json, and the figures curves, class_distribution, confusion, class_iou, examples.
+What an earlier run left there is first moved to kept-1, kept-2, ... within it.
 """
 
 if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback

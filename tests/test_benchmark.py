@@ -319,6 +319,16 @@ def test_discovery_goes_by_what_files_hold(tmp_path, capsys):
     assert benchmark.discover(tmp_path / "dry-run") == [str(tmp_path / "dry-run" / "train" / "best.pt")]
 
 
+def test_a_file_that_no_network_is_made_of_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *_, **__: {"peak_memory_mb": 9.0, "memory_added_mb": 1.0})
+    good, bad = save(tmp_path / "a.pt"), save(tmp_path / "b.pt")
+    content = torch.load(bad, weights_only=True)
+    torch.save(content | {"build": content["build"] | {"taps": 4}}, bad)
+    rows = benchmark.main(["--weights", str(tmp_path), "--dry-run", "--size", "32", "32", "--out", str(tmp_path / "o")])
+    assert [row["weights"] for row in rows] == [good]
+    assert "skipped: " in capsys.readouterr().err
+
+
 def test_errors_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags in ([], ["--weights"]):
@@ -511,7 +521,7 @@ def test_what_cannot_be_measured_is_null_with_the_reason(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.onnx, "export", broken)
     info = datasets.open_dataset("camvid", "val", root=camvid(tmp_path)).info.to_dict()
-    info["classes"], info["palette"] = list(range(19)), [[0, 0, 0]] * 19
+    info["classes"], info["palette"] = list(map(str, range(19))), [[0, 0, 0]] * 19
     gone = {"data_root": str(tmp_path / "gone"), "crop": [32, 48]}
     weights = save(tmp_path / "best.pt", data=info, args=gone)
     flags = ["--weights", weights, "--backend", "onnxruntime", "torch", "--runs", "1", "--out", str(tmp_path)]

@@ -38,7 +38,7 @@ def checkpoint(info, tmp_path, figures_once):
 
     def write(name="teacher", *, seed=0, classes=None, compression=(), **build):
         torch.manual_seed(seed)
-        data = info.to_dict() | ({"classes": classes} if classes else {})
+        data = info.to_dict() | ({"classes": classes, "palette": [[0, 0, 0]] * len(classes)} if classes else {})
         model = build_model(num_classes=len(data["classes"]), **build or FAMILIES["dinov2"])
         with torch.no_grad():
             for p in model.parameters():

@@ -755,6 +755,26 @@ def test_user_errors_are_one_line_and_exit_2(checkpoint, tmp_path, capsys, argv,
     assert not any("Traceback" in line for line in error)
 
 
+def test_predictions_replace_no_photo_and_results_not_those_of_a_run(checkpoint, tmp_path):
+    for name in ("a.png", "a_ids.png"):
+        Image.new("RGB", (30, 20)).save(tmp_path / name)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(SystemExit, match="2"):
+        run("--weights", checkpoint, "--images", tmp_path, "--out", tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    with pytest.raises(SystemExit, match="2"):
+        run("--weights", checkpoint, "--out", checkpoint.parent, "--dry-run")
+    assert os.listdir(checkpoint.parent) == ["best.pt"]
+
+
+def test_a_terminal_without_the_letters_of_a_class_costs_nothing(monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    evaluate.run_cli(lambda: evaluate.print_table([{"class": "道路", "IoU": 1.0}]))
+    screen.flush()
+    assert "\\u9053" in screen.buffer.getvalue().decode()
+
+
 def test_a_dry_run_leaves_the_results_of_a_real_one(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     real = tmp_path / "checkpoints" / "evaluate" / "results.json"

@@ -450,7 +450,7 @@ def test_files_are_replaced_whole_after_the_checks_only(weights, monkeypatch):
     flags = ["--weights", str(weights), "--size", "41", "56", "--dry-run", "--out", f"{weights.parent}/best.onnx"]
     main([*flags, "--external-data"])
     first = {p.name: p.read_bytes() for p in weights.parent.iterdir()}
-    assert len(first) == 4  # best.pt, best.onnx, its weights, best.onnx.json
+    assert sorted(first) == ["best.onnx", "best.onnx.data", "best.onnx.json", "best.pt"]
 
     class AlignedCorners(export_onnx.Graph):
         """A file that resizes in the other of the two usual ways: a mistake that looks right."""
@@ -470,6 +470,16 @@ def test_files_are_replaced_whole_after_the_checks_only(weights, monkeypatch):
     assert {p.name: p.read_bytes() for p in weights.parent.iterdir()} == first
     main(flags)  # the new file holds its weights itself, so those of the old one go
     assert sorted(p.name for p in weights.parent.iterdir()) == ["best.onnx", "best.onnx.json", "best.pt"]
+
+
+def test_only_what_an_export_wrote_is_replaced(weights):
+    last = weights.with_name("last.pt")
+    last.write_bytes(b"of a run")
+    weights.with_name("results.json").write_text('{"miou": 1}')
+    for place in (last, weights, weights.with_name("results"), "/dev/null"):
+        with pytest.raises(ModelError, match=r"name (a|another) file"):
+            main(["--weights", str(weights), "--out", str(place), "--size", "32", "32"])
+    assert last.read_bytes() == b"of a run"
 
 
 def test_without_out_the_file_goes_beside_the_weights_and_a_dry_run_elsewhere(weights):

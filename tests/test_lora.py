@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import made_up
 from torch import nn
 
 import datasets
@@ -430,6 +431,39 @@ def test_an_adapter_of_another_base_is_refused_by_name_of_both(base, tmp_path):
     for path, words in ((tmp_path / "none.pt", "no adapter at"), (tmp_path / "run" / "best.pt", "is no adapter")):
         with pytest.raises(ModelError, match=words):
             models.load_adapter(model, checkpoint, path)
+
+
+def test_a_made_up_adapter_fits_or_is_refused_in_one_line(base, tmp_path):
+    path = base(model="unet", width=1)
+    run(path, tmp_path / "run", "--rank", "1")
+    good, refused = torch.load(tmp_path / "run" / "adapter.pt", weights_only=True), 0
+    for what, adapter in itertools.islice(made_up(good, tries=1), 0, None, 4):
+        torch.save(adapter, tmp_path / "a.pt")
+        line = ""
+        try:
+            model, checkpoint = load_checkpoint(path)
+            models.load_adapter(model, checkpoint, tmp_path / "a.pt")
+            model(torch.zeros(1, 3, 32, 32))
+        except ModelError as error:
+            line = str(error)
+        except Exception as error:
+            raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+        assert "\n" not in line
+        refused += line != ""
+    assert refused > 10
+
+
+@pytest.mark.parametrize("script", [lora, prune, quantize])
+def test_a_folder_that_holds_what_is_read_is_not_written_to(script, base, tmp_path):
+    (tmp_path / "run").mkdir()
+    weights = base().rename(tmp_path / "run" / "best.pt")
+    before = weights.read_bytes()
+    (tmp_path / "link").symlink_to(weights)
+    for path in (weights, tmp_path / "link"):
+        with pytest.raises(ModelError, match="would be overwritten: name another folder"):
+            script.main(["--weights", str(path), "--out", str(tmp_path / "run"), "--dry-run"])
+    assert weights.read_bytes() == before
+    assert [p.name for p in weights.parent.iterdir()] == ["best.pt"]
 
 
 def test_two_adapters_swapped_give_each_its_own_scores(base, tmp_path):

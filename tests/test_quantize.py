@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import json
 import math
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import made_up
 from test_int8 import images, make, prepared
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -681,12 +683,37 @@ def test_what_the_helpers_change_is_in_the_checkpoint(tmp_path):
     assert len(entry["equalized"]) > 30
     assert entry["removed"] == quantize.simplify(copy.deepcopy(model))
     quantize.convert(converted)
+    data = INFO.to_dict() | {"classes": list("abcde"), "palette": [[0, 0, 0]] * 5}
     save_checkpoint(
-        tmp_path / "q.pt", converted, data=INFO.to_dict(), pretrained="no", command="quantize.py",
+        tmp_path / "q.pt", converted, data=data, pretrained="no", command="quantize.py",
         compression=[entry | {"state": "int8"}],
     )  # fmt: skip
     found, _ = load_checkpoint(tmp_path / "q.pt")
     assert torch.equal(found(x), converted(x))
+
+
+def test_a_made_up_description_of_a_quantized_network_is_read_or_refused_in_one_line(tmp_path):
+    model, x = make(model="unet", width=8), images(32, 32)
+    converted, entry = quantize.quantize_network(
+        model, [x], quantize.make_parser().parse_args([]), None, None, tmp_path
+    )
+    quantize.convert(converted)
+    data = INFO.to_dict() | {"classes": list("abcde"), "palette": [[0, 0, 0]] * 5}
+    about = dict(data=data, pretrained="no", command="quantize.py", compression=[entry | {"state": "int8"}])
+    save_checkpoint(tmp_path / "q.pt", converted, **about)
+    good, refused = torch.load(tmp_path / "q.pt", weights_only=True), 0
+    for what, step in itertools.islice(made_up(good["compression"][0], tries=1), 0, None, 3):
+        torch.save(good | {"compression": [step]}, tmp_path / "q.pt")
+        line = ""
+        try:
+            load_checkpoint(tmp_path / "q.pt")[0](x)
+        except ModelError as error:
+            line = str(error)
+        except Exception as error:
+            raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+        assert "\n" not in line
+        refused += line != ""
+    assert refused > 5
 
 
 @pytest.mark.parametrize("flags", [["--method", "qat", "--adaround", "10"], ["--method", "dynamic", "--adaround", "1"]])
