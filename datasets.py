@@ -1156,8 +1156,7 @@ class WorkerQueue(multiprocessing.queues.Queue):
 def kill_workers():
     """At exit, whatever the reason: multiprocessing would send the living ones SIGTERM, then wait for them for ever."""
     with suppress(AttributeError, ValueError):  # Windows has none; a thread sets no handlers
-        if hasattr(signal, "SIGCHLD"):  # not Windows
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises when a worker is killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises when a worker is killed
     for process in multiprocessing.active_children():
         if isinstance(process, Worker):
             process.kill()
