@@ -16,8 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib import font_manager
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage, special
 from sklearn import metrics as sk
@@ -839,6 +837,8 @@ def test_weights_size_leaves_optimizer_state_out(checkpoint):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("size", [(1400, 8), (8, 1400), (1, 1)])
 def test_figures_of_extreme_shapes_are_bounded(size, tmp_path):
+    from matplotlib.figure import Figure
+
     k = 30
     info = datasets.open_dataset("synthetic", "val", length=1).info
     info = dataclasses.replace(info, classes=tuple(f"class {i}" for i in range(k)), palette=((1, 2, 3),) * k)
@@ -855,6 +855,8 @@ def test_figures_of_extreme_shapes_are_bounded(size, tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_class_names_of_any_script_are_drawn_or_their_absence_is_said_once(tmp_path, monkeypatch, capsys):
+    from matplotlib import font_manager
+
     monkeypatch.setattr(evaluate, "FONTS", evaluate.FONTS[:1])
     assert evaluate.drawable(["road", "Straße", "пешеход", "a" * 50]) == ["road", "Straße", "пешеход", "a" * 39 + "…"]
     assert evaluate.drawable(["$x_1$", "a\nb"]) == [r"\$x_1\$", "a b"]
