@@ -29,6 +29,7 @@ from models import ModelError, build_model, load_checkpoint, read_checkpoint, sa
 from quantize import Observer
 
 INFO = datasets.open_dataset("synthetic", "val", length=1, size=(40, 56)).info
+FIVE = INFO.to_dict() | {"classes": list("abcde"), "palette": [[0, 0, 0]] * 5}  # the same of five classes
 
 # ---- observers ------------------------------------------------------------------------------------------------------
 
@@ -276,11 +277,11 @@ def test_energy_is_reported_where_the_machine_has_a_meter(float_checkpoint, tmp_
         raise OSError("no RAPL package under /sys")
 
     monkeypatch.setattr(evaluate, "energy_meter", no_meter)
-    done = run(path, tmp_path, "--method", "ptq")
+    done = run(path, tmp_path / "q", "--method", "ptq")
     assert done["energy_j"] is done["energy_j_before"] is None
     assert "no energy: no RAPL package under /sys" in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "energy_meter", lambda device: lambda: 30 * (time.perf_counter() - start))
-    done = run(path, tmp_path, "--method", "ptq")
+    done = run(path, tmp_path / "q", "--method", "ptq")
     assert done["energy_j"] == pytest.approx(0, abs=0.01)  # idle at 30 W, and busy at 30 W
     assert "energy, J" in capsys.readouterr().out
 
@@ -372,12 +373,14 @@ def test_sensitivity_names_the_layer_that_suffers(float_checkpoint, tmp_path):
     assert (tmp_path / "s" / "sensitivity.png").stat().st_size > 5000
 
 
-def test_max_drop_leaves_in_float_what_it_takes(float_checkpoint, tmp_path):
+def test_max_drop_leaves_in_float_what_it_takes(float_checkpoint, tmp_path, monkeypatch):
     path = float_checkpoint(backbone="resnet18", head="fcn")
     all_of_them = run(path, tmp_path / "a", "--method", "ptq")["int8_layers"]
     assert run(path, tmp_path / "b", "--method", "ptq", "--max-drop", "100")["int8_layers"] == all_of_them
+    points = iter(range(50, 0, -1))  # whatever is scored next is worse
+    monkeypatch.setattr(quantize.evaluate, "evaluate", lambda *_, **__: {"miou": float(next(points))})
     with pytest.raises(ModelError, match="no layer can be quantized within"):
-        run(path, tmp_path / "c", "--method", "ptq", "--max-drop", "-100", dry=False)  # a gain of 100 points
+        run(path, tmp_path / "c", "--method", "ptq", "--max-drop", "0", dry=False)
 
 
 def test_max_drop_leaves_the_fewest_of_the_worst_layers_in_float(float_checkpoint, tmp_path, monkeypatch):
@@ -683,9 +686,8 @@ def test_what_the_helpers_change_is_in_the_checkpoint(tmp_path):
     assert len(entry["equalized"]) > 30
     assert entry["removed"] == quantize.simplify(copy.deepcopy(model))
     quantize.convert(converted)
-    data = INFO.to_dict() | {"classes": list("abcde"), "palette": [[0, 0, 0]] * 5}
     save_checkpoint(
-        tmp_path / "q.pt", converted, data=data, pretrained="no", command="quantize.py",
+        tmp_path / "q.pt", converted, data=FIVE, pretrained="no", command="quantize.py",
         compression=[entry | {"state": "int8"}],
     )  # fmt: skip
     found, _ = load_checkpoint(tmp_path / "q.pt")
@@ -698,8 +700,7 @@ def test_a_made_up_description_of_a_quantized_network_is_read_or_refused_in_one_
         model, [x], quantize.make_parser().parse_args([]), None, None, tmp_path
     )
     quantize.convert(converted)
-    data = INFO.to_dict() | {"classes": list("abcde"), "palette": [[0, 0, 0]] * 5}
-    about = dict(data=data, pretrained="no", command="quantize.py", compression=[entry | {"state": "int8"}])
+    about = dict(data=FIVE, pretrained="no", command="quantize.py", compression=[entry | {"state": "int8"}])
     save_checkpoint(tmp_path / "q.pt", converted, **about)
     good, refused = torch.load(tmp_path / "q.pt", weights_only=True), 0
     for what, step in itertools.islice(made_up(good["compression"][0], tries=1), 0, None, 3):
@@ -719,6 +720,6 @@ def test_a_made_up_description_of_a_quantized_network_is_read_or_refused_in_one_
 @pytest.mark.parametrize("flags", [["--method", "qat", "--adaround", "10"], ["--method", "dynamic", "--adaround", "1"]])
 def test_adaround_where_it_has_no_place_is_refused(flags, tmp_path):
     model = make(model="unet", width=8)
-    save_checkpoint(tmp_path / "f.pt", model, data=INFO.to_dict(), pretrained="no", command="train.py", args={})
+    save_checkpoint(tmp_path / "f.pt", model, data=FIVE, pretrained="no", command="train.py", args={})
     with pytest.raises(ModelError, match="--adaround is of"):
         quantize.parse_args(["--weights", str(tmp_path / "f.pt"), *flags])
