@@ -331,7 +331,8 @@ def attach(model, adapter):
         patch.wrap(name)
         layer = model.get_submodule(name).eval()
         for leaf, tensor in tensors.items():
-            if getattr(layer, leaf).shape != tensor.shape:
+            own = getattr(layer, leaf.replace("start_", "lora_"))
+            if own is None or own.shape != tensor.shape:
                 raise ModelError(f"{leaf} of {name} has the shape {list(tensor.shape)}")
             patch.put(f"{name}.{leaf}", tensor)
     return patch

@@ -435,6 +435,7 @@ def quantized_rows(tmp_path_factory):
     quantize.convert(model)
     step = {"step": "quantize", "method": "ptq", "bits": 8, "group_size": 0, "attention": "float32", "relu6": []}
     step |= done._asdict() | {"state": "int8", "outputs": quantize.observe_outputs(model, [images])}
+    step["total_macs"] = sum(done.macs.values())
     kept = {key: checkpoint[key] for key in ("data", "pretrained", "command")}
     models.save_checkpoint(folder / "int8.pt", model, compression=[step], args=args, **kept)
     flags = ["--weights", weights, str(folder / "int8.pt"), "--backend", "torch", "onnxruntime"]

@@ -283,7 +283,7 @@ def exported(tmp_path_factory):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    models.save_checkpoint(folder / "best.pt", model.eval(), data=info.to_dict(), pretrained=False, command="-")
+    models.save_checkpoint(folder / "best.pt", model.eval(), data=info.to_dict(), pretrained="no", command="-")
     return folder
 
 

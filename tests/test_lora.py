@@ -490,7 +490,7 @@ def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path):
 def test_what_was_merged_is_pruned_quantized_and_exported(base, tmp_path):
     run(base(backbone="mit-tiny", head="fpn"), tmp_path / "run", "--method", "lora-head")
     best = str(tmp_path / "run" / "best.pt")
-    shared = [*TINY[:-2], "--out"]
+    shared = [*TINY[: TINY.index("--amp")], "--out"]
     quantize.main(["--weights", best, "--calib-images", "2", *shared, str(tmp_path / "int8")])
     prune.main(["--weights", best, "--structured", "--round-to", "2", "--min-channels", "2", "--epochs", "0",
                 "--calib-images", "2", *shared, str(tmp_path / "pruned")])  # fmt: skip
@@ -517,7 +517,8 @@ def test_all_methods_make_a_table(base, tmp_path, capsys):
 
 def test_minutes_become_epochs_and_a_trained_backbone_has_no_cheap_trunk(base, tmp_path):
     weights = base()
-    assert run(weights, tmp_path / "run", "--method", "classifier", "--minutes", "0.0001")["epochs"] == 1
+    flags = ["--weights", str(weights), "--out", str(tmp_path / "run"), *TINY[: TINY.index("--epochs")]]
+    assert lora.main([*flags, "--method", "classifier", "--minutes", "0.0001"])["epochs"] == 1
     with pytest.raises(ModelError, match="are of --method classifier"):
         run(weights, tmp_path / "run", "--trunk", "int8")
 
