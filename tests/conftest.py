@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: one thread each, als
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import models
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background, and under nohup, where they are
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, by the tests' own processes too
 
 
 def add_row(table, name, like, **numbers):

@@ -1157,7 +1157,7 @@ def test_resume_refuses_other_data_and_takes_what_has_moved(folder, tmp_path, tr
             shutil.copytree(folder / part, root / part)
         shutil.copy(folder / "classes.txt", root)
         change(root)
-        with pytest.raises(train.TrainingError, match=f"--resume .*{words}"):
+        with pytest.raises(train.TrainingError, match=f"--resume: .*{words}"):
             train.main([*flags, str(root)])
     assert (trained.parent / "last.pt").read_bytes() == before
     classes("open road 1 2 3", "car,4,5,6", "", "sky", "")(root)
