@@ -831,7 +831,8 @@ header { position: sticky; top: 0; z-index: 1; background: var(--back); border-b
 h1 { font-size: 1rem; margin: 0; } header output { opacity: .7; }
 fieldset { border: 0; margin: 0; padding: 0; display: flex; gap: .7rem; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1rem; padding: 1rem; }
-article { border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+article { border: 1px solid var(--line); border-radius: 8px; overflow: hidden; content-visibility: auto;
+  contain-intrinsic-size: auto 400px; }
 article.large { grid-column: 1 / -1; }
 .stack { position: relative; display: block; width: 100%; padding: 0; border: 0; background: #8882; cursor: zoom-in; }
 .large .stack { cursor: zoom-out; }
@@ -874,18 +875,12 @@ $("#alpha").oninput = (event) => {
 };
 onkeydown = (event) => views[event.key - 1] && event.target.tagName != "SELECT" && show(views[event.key - 1]);
 const percent = (value) => (value == null ? "-" : value.toFixed(1));
-const load = new IntersectionObserver((entries) => {  // pictures are decoded when they come near the window
-  for (const { target, isIntersecting } of entries) {
-    if (!isIntersecting) continue;
-    for (const img of target.querySelectorAll("img")) img.src = target.row[img.className];
-    load.unobserve(target);
-  }
-}, { rootMargin: "600px" });
 const cards = page.rows.map((row) => {
   const card = make("article", document.createDocumentFragment(), { row });
   const stack = make("button", card, { className: "stack", onclick: () => card.classList.toggle("large") });
   stack.setAttribute("aria-label", "larger or smaller");
-  for (const kind of ["photo", "label", "prediction", "error"]) make("img", stack, { className: kind, alt: kind });
+  for (const kind of ["photo", "label", "prediction", "error"])
+    make("img", stack, { className: kind, alt: kind, decoding: "async", src: row[kind] });
   const title = make("h2", card, { textContent: row.name });
   make("span", title, { textContent: `mIoU ${percent(row.miou)}, pixels ${percent(row.aacc)}%` });
   const list = make("ul", card), known = Object.keys(row.iou).sort((a, b) => row.iou[a] - row.iou[b]);
@@ -906,7 +901,6 @@ function arrange() {
   for (const card of chosen) for (const item of card.querySelectorAll("li"))
     item.classList.toggle("chosen", item.dataset.class == c);
   $("main").replaceChildren(...chosen);
-  chosen.forEach((card) => load.observe(card));
   const some = page.seen > cards.length ? ` (the worst of ${page.seen})` : "";
   $("output").textContent = `${chosen.length} of ${cards.length} images${some}${c ? ", by the class's IoU" : ""}`;
 }

@@ -969,7 +969,7 @@ def test_gallery_in_a_browser(tmp_path):
     for name, ids in (("good", label), ("bad", torch.zeros(SCENE, dtype=torch.long))):
         gallery.add(name, torch.zeros(3, *SCENE, dtype=torch.uint8), label, ids)
     gallery.write(tmp_path / "gallery.html", "two images")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", f"--user-data-dir={tmp_path}"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
     page = f"file://{tmp_path}/gallery.html"
     shown = subprocess.run(["chromium", *flags, "--dump-dom", page], capture_output=True, text=True, timeout=60).stdout
     body = shown.split("<main>")[1].split("</main>")[0]

@@ -932,8 +932,8 @@ def test_every_loss_supervises_the_auxiliary_head(name):
 
 
 RECIPE = (
-    "--optimizer adamw --schedule poly --power 1.0 --class-weights effective --loss ohem --ohem-thresh 0.5 "
-    "--ohem-kept 10000 --aux --aux-weight 0.4 --scale 0.5 2"
+    "--optimizer adamw --schedule poly --power 1.0 --class-weights effective --loss ohem --aux --aux-weight 0.4 "
+    "--scale 0.5 2"
 )
 
 
