@@ -1336,7 +1336,7 @@ ENDED = r"(worker \(pid|one of them has ended)"
     ],
 )
 def test_lost_workers_end_a_script_in_one_line(folder, tmp_path, monkeypatch, number, why):
-    monkeypatch.setattr(datasets, "PATIENCE", 3)
+    monkeypatch.setattr(datasets, "PATIENCE", 3 if number == signal.SIGSTOP else 30)
     if number is None:  # a batch that cannot be sent, as where shared memory is full
         monkeypatch.setattr(datasets, "collate", lambda samples: lambda: samples)
     status, printed = forked_loop(folder, tmp_path, lambda workers: os.kill(workers[0], number)).end()

@@ -415,9 +415,17 @@ def take(folder, chain):
     return path / "best.pt"
 
 
+ALIKE = {"distill", "distilled back", "prune weights", "weight-only"}  # the same to ENDS as others are
+PAIRS = [
+    pytest.param(first, then, marks=[pytest.mark.slow] if first in ALIKE and then in ENDS else [])
+    for first in STEPS
+    for then in (*list(STEPS)[1:], *ENDS)
+    if first != "distilled back" or then not in STEPS
+]
+
+
 @pytest.mark.usefixtures("figures_once", "one_process")
-@pytest.mark.parametrize("then", [*list(STEPS)[1:], *ENDS])
-@pytest.mark.parametrize("first", STEPS)
+@pytest.mark.parametrize(("first", "then"), PAIRS)
 def test_a_step_may_follow_another_or_is_refused_with_the_reason(first, then, steps):
     start = ["train", first] if first != "train" else ["train"]
     path = take(steps, start)
