@@ -99,3 +99,17 @@ def tiny_mask2former(monkeypatch):
     numbers = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, decoder=decoder)
     row = dataclasses.replace(models.NETWORKS["mask2former-swin-tiny"], numbers=numbers, weights="absent")
     monkeypatch.setitem(models.NETWORKS, "mask2former-tiny", row)
+
+
+def count_refused(tries, use, error):
+    """How many of the (what was done, content) `use` refuses with an `error` of one line; another exception fails."""
+    lines = []
+    for what, content in tries:
+        try:
+            use(content)
+        except error as known:
+            lines.append(str(known))
+        except Exception as unknown:
+            raise AssertionError(f"{what}: {type(unknown).__name__}: {unknown}") from unknown
+    assert not any("\n" in line for line in lines)
+    return len(lines)

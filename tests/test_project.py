@@ -416,11 +416,11 @@ def take(folder, chain):
 
 
 ALIKE = {"distill", "distilled back", "prune weights", "weight-only"}  # the same to ENDS as others are
+BACK = {"distilled back"}  # the same to other steps as "distill"
 PAIRS = [
-    pytest.param(first, then, marks=[pytest.mark.slow] if first in ALIKE and then in ENDS else [])
+    pytest.param(first, then, marks=[pytest.mark.slow] if first in (ALIKE if then in ENDS else BACK) else [])
     for first in STEPS
     for then in (*list(STEPS)[1:], *ENDS)
-    if first != "distilled back" or then not in STEPS
 ]
 
 
