@@ -1071,7 +1071,8 @@ class Loader(DataLoader):
                 if waited == 9:
                     kill_workers()  # this ends any wait for them: for a batch, or for the memory that it is in
 
-        batches = super().__iter__()
+        with signals_later():
+            batches = super().__iter__()
         threading.Thread(target=watch, daemon=True).start()
         try:
             while True:
@@ -1090,6 +1091,23 @@ class Loader(DataLoader):
             raise DataError(without_workers(late) if waited >= 9 else ended) from None
         finally:
             over.set()
+
+
+@contextmanager
+def signals_later():
+    """SIGNALS that come in the block are handled after it: what a handler raises in a fork is lost, and an iterator of a
+    DataLoader that was not finished cannot be taken down."""
+    came, handlers = [], {}
+    with suppress(ValueError):  # only the main thread has handlers
+        for number in SIGNALS:
+            handlers[number] = signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            handlers[number](number, None) if callable(handlers[number]) else signal.raise_signal(number)
 
 
 def without_workers(why):
@@ -1118,19 +1136,11 @@ class Worker(multiprocessing.get_context(START).Process):
         atexit.register(kill_workers)  # once, and after multiprocessing's own, which it has to come before
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().start()
-        came, handlers = [], {}
-        with suppress(ValueError):  # only the main thread has handlers; what one raises in a fork is lost
-            for number in SIGNALS:
-                handlers[number] = signal.signal(number, lambda number, _frame: came.append(number))
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             super().start()  # the new process inherits that they are blocked, and never comes back from here
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            for number in came:
-                handlers[number](number, None) if callable(handlers[number]) else signal.raise_signal(number)
 
     def terminate(self):
         self.kill()

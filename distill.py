@@ -38,6 +38,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import math
 import re
 import statistics
 import time
@@ -58,10 +59,11 @@ from models import ModelError
 
 
 class Answer(NamedTuple):
-    """What a teacher says of images: logits (N, K, H, W) at their size, feature maps, tokens (N, T, C) by layer; of an
-    int8 network the latter two are computed when they are read as floats."""
+    """What a teacher says of images: logits (N, K, h, w) of the image padded to `covers` (rows, columns), feature maps,
+    tokens (N, T, C) by layer; of an int8 network the latter two are computed when they are read as floats."""
 
     logits: torch.Tensor
+    covers: tuple
     features: list
     states: tuple
 
@@ -69,8 +71,8 @@ class Answer(NamedTuple):
 class Teacher(nn.Module):
     """One network or several in eval mode, asked without gradients, in the form of a network of stride 1.
 
-    Of several, or with `flip`, which also shows each the mirrored image, the softmax is averaged; features and tokens
-    are those of the first.
+    Of several, or with `flip`, which also shows each the mirrored image, the softmax is averaged at the images' size;
+    features and tokens are those of the first.
     """
 
     stride = 1
@@ -92,19 +94,22 @@ class Teacher(nn.Module):
         first, size = self.networks[0], images.shape[-2:]
         encoded = first.encode(images, **({"states": True} if states else {}))
         features, tokens = encoded if states else (encoded, ())
-        logits = [first.resize(first.decode(features).float().contiguous(), size)]
-        logits += [network(images).float() for network in self.networks[1:]]
+        logits = first.decode(features).float().contiguous()
+        if len(self.networks) == 1 and not self.flip:
+            return Answer(logits, first.padded(size), features, tokens)
+        logits = [first.resize(logits, size), *(network(images).float() for network in self.networks[1:])]
         if self.flip:
             logits += [network(images.flip(-1)).float().flip(-1) for network in self.networks]
-        if len(logits) > 1:
-            logits = [torch.stack([x.softmax(1) for x in logits]).mean(0).clamp(min=1e-12).log()]
-        return Answer(logits[0], features, tokens)
+        mean = torch.stack([x.softmax(1) for x in logits]).mean(0)
+        return Answer(mean.clamp(min=1e-12).log(), size, features, tokens)
 
     def encode(self, images):
         return [images]
 
     def decode(self, features):
-        return self.answer(features[0]).logits
+        size = features[0].shape[-2:]
+        logits, covers, *_ = self.answer(features[0])
+        return models.enlarge(logits, covers)[..., : size[0], : size[1]]
 
 
 # ---- objective ------------------------------------------------------------------------------------------------------
@@ -197,8 +202,8 @@ class Distiller(train.Objective):
         encoded = self.model.encode(images, **({"states": True} if states else {}))
         features, tokens = encoded if states else (encoded, ())
         terms = {}
-        terms["ce"], logits = self.supervised(features, target)
-        terms |= self.of_logits(logits, target, answer.logits)
+        terms["ce"], _, logits = self.supervised(features, target)
+        terms |= self.of_logits(logits, target, answer)
         terms |= self.of_maps(features, target, answer.features)
         if states:
             terms["alp"] = self.of_tokens(tokens, target, answer.states)
@@ -207,10 +212,18 @@ class Distiller(train.Objective):
             self.sums += torch.stack([*terms, torch.ones_like(terms[0])]).detach()
         return sum(terms)
 
-    def of_logits(self, logits, target, wanted):
+    def of_logits(self, logits, target, answer):
+        """The terms of logits, before they are resized to the image: at the places of the coarser of both networks."""
+        both = [(logits, self.model.padded(target.shape[-2:])), (answer.logits, answer.covers)]
+        size, covers = min(((x.shape[-2:], area) for x, area in both), key=lambda grid: math.prod(grid[0]))
+        logits, wanted = (losses.on_grid(x, area, size, covers) for x, area in both)
+        target = losses.labels_on_grid(target, size, covers, self.ignore_index)
         shared = dict(teacher=wanted, ignore_index=self.ignore_index)
         weight = getattr(self.loss, "weight", None)  # of the classes: as in the loss of the labels
-        softened = shared | dict(temperature=self.temperature, weight=weight) | self.boundary
+        softened = shared | dict(temperature=self.temperature, weight=weight)
+        if self.boundary:
+            width = max(1, round(self.boundary["boundary_width"] * size[0] / covers[0]))
+            softened |= self.boundary | {"boundary_width": width}
         known = {
             "kl": functools.partial(losses.distillation, **softened),
             "cwd": functools.partial(losses.channel_distillation, **shared),

@@ -407,6 +407,16 @@ def places(target, size, covers, ignore_index=255):
     return F.adaptive_max_pool2d(F.pad(labelled, (0, columns, 0, rows)), size)[:, 0] > 0
 
 
+def labels_on_grid(target, size, covers, ignore_index=255):
+    """(N, h, w): the labels of target (N, H, W) at the centres of the cells of feature maps of `size` (h, w), which are
+    of the image padded to `covers` (rows, columns); ignore_index where that is padding."""
+    for dim, (n, to) in enumerate(zip(size, covers, strict=True), start=1):
+        at = (2 * torch.arange(n, device=target.device) + 1) * to // (2 * n)
+        inside = (at < target.shape[dim]).unflatten(0, (-1, *[1] * (2 - dim)))
+        target = target.index_select(dim, at.clamp(max=target.shape[dim] - 1)).where(inside, ignore_index)
+    return target
+
+
 def on_grid(x, covers, size, covers_too):
     """Maps x (N, C, h, w) of an image padded to `covers` (rows, columns), at the cells of maps of `size` of the image
     padded to `covers_too`: bilinear samples where the stride or the padding is another."""

@@ -91,7 +91,7 @@ class Objective(nn.Module):
         if self.loss is None:
             head = self.model.head
             return losses.mask_set_loss(head.queries(features), target, self.ignore_index, stride=head.stride)
-        total, logits = self.supervised(features, target)
+        total, logits, _ = self.supervised(features, target)
         if self.teacher:
             with torch.no_grad():
                 expected = self.teacher[0](images).float()
@@ -101,12 +101,12 @@ class Objective(nn.Module):
         return total
 
     def supervised(self, features, target):
-        """The loss of the labels, and the logits (N, K, H, W) in float32, at the target's size."""
+        """The loss of the labels, and the logits in float32: (N, K, H, W), as the target, and as decode() has them."""
         # contiguous: in channels_last, what the network computes in, the softmax over K classes is slower on a CPU
-        size = target.shape[-2:]
-        logits = [self.model.resize(x.float().contiguous(), size) for x in self.model.predictions(features)]
+        own = [x.float().contiguous() for x in self.model.predictions(features)]
+        logits = [self.model.resize(x, target.shape[-2:]) for x in own]
         first, *others = (self.loss(x, target) for x in logits)
-        return first + self.aux_weight * sum(others), logits[0]
+        return first + self.aux_weight * sum(others), logits[0], own[0]
 
     def report(self):
         """What else an epoch's row of history.csv tells: {name: number} of the steps since the last call."""

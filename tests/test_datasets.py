@@ -1,3 +1,4 @@
+import gc
 import itertools
 import json
 import multiprocessing
@@ -1266,6 +1267,32 @@ def test_signals_while_workers_start_are_the_main_process_affair(folder):
         time.sleep(0.003)
     status, _, err = run.end()
     assert (status, err) == (0, "")
+
+
+def test_a_signal_that_raises_while_workers_start_leaves_no_half_iterator(folder, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    def start(worker, own=datasets.Worker.start):
+        own(worker)
+        started.append(worker)
+        if len(started) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    started, ignored = [], []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    monkeypatch.setattr(datasets.Worker, "start", start)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Stop):
+            next(iter(datasets.train_loader(augmented(folder), batch_size=2, start=0, stop=4, seed=0, workers=2)))
+        gc.collect()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not ignored
 
 
 class Forked:

@@ -81,7 +81,11 @@ def test_one_teacher_gives_its_own_logits_and_several_the_mean_of_their_softmax(
     with torch.no_grad():
         expected = [network(x) for network in networks]
         mirrored = [network(x.flip(-1)).flip(-1) for network in networks]
-        torch.testing.assert_close(distill.Teacher(networks[:1]).answer(x).logits, expected[0])
+        logits, covers, *_ = distill.Teacher(networks[:1]).answer(x)
+        assert logits.shape[-2:] == (5, 7)  # as before they are resized
+        assert covers == (40, 56)
+        torch.testing.assert_close(networks[0].resize(logits, (40, 50)), expected[0])
+        torch.testing.assert_close(distill.Teacher(networks[:1]).decode([x]), expected[0])
         for flip, each in ((False, expected), (True, expected + mirrored)):
             mean = torch.stack([y.softmax(1) for y in each]).mean(0)
             torch.testing.assert_close(distill.Teacher(networks, flip=flip).answer(x).logits.softmax(1), mean)
@@ -102,7 +106,7 @@ def test_a_teacher_stays_as_it_is():
 
 @pytest.mark.parametrize("mode", ["response", "feature", "cwd+dist"])
 def test_a_quantized_teacher_teaches_nearly_what_the_float_one_does(mode, checkpoint, tmp_path):
-    float_teacher = checkpoint("float", backbone="resnet18", head="linear")
+    float_teacher = checkpoint("float", **FAMILIES["resnet"])
     quantize.main(shlex.split(f"--weights {float_teacher} --out {tmp_path}/q --calib-images 2 {DATA} --dry-run"))
     found = []
     for path in (float_teacher, tmp_path / "q" / "best.pt"):
@@ -137,17 +141,19 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     x, y = images(), labels(4)
     weights = {"ce": 0.5, "kl": 0.25, "cwd": 3.0, "dist": 2.0, "cosine": 0.1, "cosine_last": 0.5}
     objective = distiller(student, [teacher], weights).eval()
-    logits, wanted = student(x), teacher(x)
+    logits, wanted = (network.decode(network.encode(x)) for network in (student, teacher))
+    assert logits.shape[-2:] == (6, 7)
+    small = F.pad(y, (0, 0, 0, 6), value=255)[:, 4::8, 4::8]
     maps, theirs = student.encode(x), teacher.encode(x)
     covered = F.pad((y != 255).float(), (0, student.padded((42, 56))[1] - 56, 0, student.padded((42, 56))[0] - 42))
     valid = [F.adaptive_max_pool2d(covered, f.shape[-2:]) > 0 for f in maps]
     cosines = [losses.cosine_distillation(*row) for row in zip(maps, theirs, valid, strict=True)]
     shared = dict(teacher=wanted)
     expected = {
-        "ce": F.cross_entropy(logits, y, ignore_index=255),
-        "kl": losses.distillation(logits, y, temperature=2.0, **shared),
-        "cwd": losses.channel_distillation(logits, y, **shared),
-        "dist": losses.relation_distillation(logits, y, **shared),
+        "ce": F.cross_entropy(student(x), y, ignore_index=255),
+        "kl": losses.distillation(logits, small, temperature=2.0, **shared),
+        "cwd": losses.channel_distillation(logits, small, **shared),
+        "dist": losses.relation_distillation(logits, small, **shared),
         "cosine": sum(cosines[:-1]) / 3,
         "cosine_last": cosines[-1],
     }
