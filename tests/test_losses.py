@@ -847,6 +847,18 @@ def test_maps_of_another_stride_or_padding_are_sampled_at_the_same_pixels(covers
     torch.testing.assert_close(found.where(inside, 0), expected.where(inside, 0))
 
 
+@pytest.mark.parametrize(
+    ("size", "covers"), [((6, 8), (24, 32)), ((3, 4), (28, 28)), ((2, 3), (32, 42)), ((23, 30), (23, 30))]
+)
+def test_labels_on_a_grid_are_those_of_the_pixels_in_the_middle_of_its_cells(size, covers):
+    target = torch.arange(2 * 23 * 30).view(2, 23, 30)
+    found = losses.labels_on_grid(target, size, covers, ignore_index=-1)
+    for i, j in itertools.product(range(size[0]), range(size[1])):
+        row, column = int((i + 0.5) * covers[0] / size[0]), int((j + 0.5) * covers[1] / size[1])
+        inside = row < 23 and column < 30
+        assert found[:, i, j].tolist() == ([target[n, row, column] for n in (0, 1)] if inside else [-1, -1])
+
+
 # ---- several processes ----
 
 
