@@ -1095,8 +1095,8 @@ class Loader(DataLoader):
 
 @contextmanager
 def signals_later():
-    """SIGNALS that come in the block are handled after it: what a handler raises in a fork is lost, and an iterator of a
-    DataLoader that was not finished cannot be taken down."""
+    """SIGNALS that come in the block are handled after it: what a handler raises in a fork is lost, and a DataLoader's
+    iterator cannot be taken down before it is whole."""
     came, handlers = [], {}
     with suppress(ValueError):  # only the main thread has handlers
         for number in SIGNALS:
