@@ -19,8 +19,8 @@ A student learns from the labels and from the terms of --mode, each with a weigh
 
 The teacher sees the crop that the student sees (Beyer et al. 2022), in eval mode and without gradients; it may be
 quantized, which makes it several times cheaper. Logits are compared before they are resized to the image, at the places
-of the coarser network, which is how cwd and dist were published and costs a fraction. Projections are trained beside the student and are not part of it: its
-checkpoint is a plain one, whose lineage names the teacher.
+of the coarser network, which is how cwd and dist were published and costs a fraction. Projections are trained beside
+the student and are not part of it: its checkpoint is a plain one, whose lineage names the teacher.
 
 The control has the same start, steps, augmentation and seed. With --minutes a few steps of both are timed first, and
 each gets as many epochs as fit. What the report prints as a gain is against that control, never against the start.
