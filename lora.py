@@ -52,6 +52,19 @@ KINDS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 TENSORS = ("lora_A", "lora_B", "magnitude", "start_A", "start_B")  # of a LoRA layer; those it has not are None
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU, where to draw a float for each element takes longer than most layers, a random byte decides
+    it, and p is rounded to 1 / 256."""
+
+    def forward(self, x):
+        if not self.training or not self.p or x.device.type != "cpu":
+            return super().forward(x)
+        gone, keep = min(max(1, round(256 * self.p)), 255), torch.empty_like(x)
+        draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
+        torch.ge(draws.as_strided(x.shape, keep.stride()), gone, out=keep)
+        return x * keep.mul_(256 / (256 - gone))
+
+
 class LoRA(nn.Module):
     """A Linear, Conv2d or ConvTranspose2d `base`, and a branch beside it that learns in its place.
 
@@ -62,7 +75,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.base, self.original = base, None  # original: the weights while others, merged, are in their place
         self.transposed, self.groups = isinstance(base, nn.ConvTranspose2d), getattr(base, "groups", 1)
-        self.scaling, self.dropout = alpha / (math.sqrt(rank) if rslora else rank), nn.Dropout(dropout)
+        self.scaling, self.dropout = alpha / (math.sqrt(rank) if rslora else rank), Dropout(dropout)
         a, b = shapes(base, rank)
         self.lora_A = nn.Parameter(base.weight.new_empty(a))
         self.lora_B = nn.Parameter(base.weight.new_zeros(b))
@@ -136,7 +149,7 @@ class LoRA(nn.Module):
             return out
         x = self.dropout(x)
         for sign, (a, b) in zip((1, -1), self.branches(), strict=False):
-            out = torch.add(out, self.up(self.down(x, a), b), alpha=sign * self.scaling)
+            out.add_(self.up(self.down(x, a), b), alpha=sign * self.scaling)
         if self.magnitude is None:
             return out
         with torch.no_grad():
