@@ -38,8 +38,10 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -795,12 +797,12 @@ class FeatureViews(Dataset):
     kept: in memory, in this process, from when they are first asked for.
 
     An item is the view's number (1, 1, 1), in the place of an image, and its target. encode(numbers (N, 1, 1, 1)) of
-    this class gives the features of a batch.
+    this class gives the features of a batch. dtype: of what is kept, and of autocast while encode() computes it.
     """
 
     def __init__(self, dataset, count, encode, *, device, dtype=torch.float32):
         self.dataset, self.count, self._encode, self.kept = dataset, count, encode, {}
-        self.device, self.dtype, self.about = device, dtype, dataset.about
+        self.device, self.dtype, self.about = torch.device(device), dtype, dataset.about
 
     def __len__(self):
         return len(self.dataset)
@@ -813,10 +815,20 @@ class FeatureViews(Dataset):
         number = i * self.count + seed % self.count
         if number not in self.kept:
             image, target = self.dataset[i, mix_seed(number)]
-            with torch.no_grad():
+            amp = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+            with torch.no_grad(), amp:
                 features = [f.to(self.dtype) for f in self._encode(image[None].to(self.device))]
             self.kept[number] = features, target.to(torch.uint8)
         return torch.full((1, 1, 1), float(number)), self.kept[number][1].long()
+
+    def seconds_a_view(self, tries=5):
+        """What a view costs that is not kept yet: the median of some, which are then."""
+        seconds = []
+        for number in [n for n in range(self.count * len(self)) if n not in self.kept][:tries]:
+            start = time.perf_counter()
+            self[divmod(number, self.count)]
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds) if seconds else 0.0
 
     def encode(self, numbers):
         rows = [self.kept[int(number)][0] for number in numbers.flatten()]

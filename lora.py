@@ -440,8 +440,10 @@ def tune(args, command, parent, device, last):
     costs = train.step_costs(args, pair, device, 1 if args.dry_run else 5)
     del full, plain, pair  # they take as much memory as the network
     if args.minutes and not last:
-        steps = args.minutes * 60e3 / costs[""]["step_ms"]
-        args.epochs = max(1, int(steps * args.epochs / train.total_steps(args, train_set)))
+        an_epoch = costs[""]["step_ms"] / 1000 * train.total_steps(args, train_set) / args.epochs
+        views = len(train_set) * train_set.seconds_a_view() if args.cache_features else 0  # one of each image
+        seconds = 60 * args.minutes
+        args.epochs = max(1, int(max(seconds / (an_epoch + views), (seconds - args.cache_features * views) / an_epoch)))
     base = {"id": checkpoint["id"], "hash": models.fingerprint(checkpoint["state_dict"])}
     write = train.saver(
         args, command, data=info.to_dict(), pretrained=checkpoint["pretrained"], compression=checkpoint["compression"],

@@ -1615,6 +1615,8 @@ def test_feature_views_are_made_once_and_are_those_of_the_augmented_images():
 
     data = open_dataset("synthetic", "train", size=(32, 64), length=3)
     views = datasets.FeatureViews(data, 2, encode, device="cpu")
+    assert views.seconds_a_view(tries=2) > 0
+    assert len(seen) == 2  # which are kept
     keys = [(i, seed) for i in range(3) for seed in (4, 7, 9)]  # views 0, 1, 1
     numbers, targets = zip(*(views[key] for key in keys), strict=True)
     fine, mean = views.encode(torch.stack(numbers))
