@@ -229,7 +229,7 @@ def start_from_data(model, batches, rounds=8):
 
 # ---- which layers ---------------------------------------------------------------------------------------------------
 
-METHODS = {"classifier": 1e-2, "head": 1e-3, "lora-head": 1e-3, "full": 3e-4, "lora-full": 1e-3}  # learning rates
+METHODS = {"classifier": 1e-2, "head": 1e-3, "lora-head": 3e-3, "full": 3e-4, "lora-full": 3e-3}  # learning rates
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv", "attn.proj")  # ends of names in the zoo's transformers
 
 
@@ -551,7 +551,11 @@ def compare(rows, out):
     for row in rows:
         axis.plot(row["trainable_params"], row["miou"], "o")
         axis.annotate(f" {row['method']}", (row["trainable_params"], row["miou"]), va="bottom")
+    if rows[0]["target_miou_before"] is not None:
+        axis.axhline(rows[0]["target_miou_before"], color="black", linestyle="--", linewidth=1, label="not adapted")
+        axis.legend()
     axis.set(xscale="log", xlabel="parameters trained", ylabel="mIoU (%)")
+    axis.margins(0.15)  # for the names
     axis.grid(alpha=0.3)
     evaluate.save_figure(figure, out / "methods.png")
     done = rows[-1] | {"methods": [{key: row[key] for key in COLUMNS} for row in rows]}
