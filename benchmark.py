@@ -153,12 +153,7 @@ def torch_runner(model, images, dtype, threads=None, path=None):
 
 
 def compile_runner(model, images, dtype, threads=None, path=None):
-    if is_quantized(model):
-        raise ModelError("torch.compile does not take the lazy tensors of a quantized network")
-    # Networks share the code of forward(), and the ninth version of one piece of code would silently stay uncompiled.
-    torch._dynamo.config.recompile_limit = 256
-    # freezing: weights become constants, which a CPU then keeps in the layout that its convolutions want.
-    return torch_runner(torch.compile(model, dynamic=False, options={"freezing": True}), images, dtype)
+    return torch_runner(evaluate.compiled(model, model), images, dtype)
 
 
 def file_runner(open_file):

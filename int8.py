@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from models import no_grad
+from models import ModelError, no_grad
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
@@ -921,6 +922,25 @@ def simulated(model):
         yield model
     finally:
         execute(model, int8=int8, attention_dtype=dtype)
+
+
+def compiled(model, run):
+    """run(images), of a quantized network, by torch.compile: as that takes no Lazy, it is given a plain graph of
+    operators, for each shape of images one. ModelError of --method dynamic, whose numbers are not known beforehand."""
+    if any(not point.lasting for point in model.points):
+        raise ModelError("torch.compile wants ranges of activations that are known, which --method dynamic has not")
+    graphs = {}
+
+    def call(images):
+        if images.shape not in graphs:
+            run(images)  # so that the kernels are checked and have their weights' layout
+            graph = make_fx(lambda images: read(run(images)))(images)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            graphs[images.shape] = torch.compile(graph, dynamic=False)
+        return graphs[images.shape](images)
+
+    return call
 
 
 @contextlib.contextmanager
