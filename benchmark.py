@@ -60,7 +60,7 @@ import evaluate
 import export_onnx
 from datasets import DATASETS, DataError, eval_loader
 from evaluate import ROOT
-from int8 import is_quantized, simulated, watched
+from int8 import attention_line, is_quantized, kernels, simulated, watched
 from models import (
     BACKBONES,
     HEADS,
@@ -423,7 +423,9 @@ def machine_line(machine):
     """One line of text for what describe_machine() gives."""
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     abilities = ", ".join(machine["abilities"]) or "no int8 or bfloat16 instructions"
-    return f"{machine['name']}, {machine['cores']} cores ({abilities}); {versions}; load before {machine['load']}"
+    attention = f"; attention in int8 networks: {machine['int8_attention']}" if "int8_attention" in machine else ""
+    load = f"load before {machine['load']}"
+    return f"{machine['name']}, {machine['cores']} cores ({abilities}); {versions}; {load}{attention}"
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -567,6 +569,8 @@ def measure(wanted, *, backends, device, dtype, threads, runs, size, batch, miou
             entries += [(subject, *rest) for rest in opened]
         if not entries:
             raise ModelError("none of the networks can be measured")
+        if any(is_quantized(subject.model) for subject, *_ in entries) and kernels():
+            machine["int8_attention"] = attention_line()
         running = [entry for entry in entries if entry[2]]
         for *_, run, _ in running:
             for _ in range(1 if dry_run else WARM_UP):

@@ -1383,7 +1383,12 @@ def make_parser():
     add("--boundary", action=argparse.BooleanOptionalAction, default=True, help="boundary IoU too")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--amp", choices=("auto", "off", "bf16"), default="off", help="mixed precision; off is float32")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile, once for each input shape")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile, once for each input shape",
+    )
     add("--threads", type=thread_count, help="CPU threads; left out: PyTorch's choice")
     add("--out", help="folder to write to; left out: checkpoints/evaluate")
     add("--dry-run", action="store_true", help="two images only")

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._prims_common import suggest_memory_format
+from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from models import ModelError, no_grad
@@ -465,9 +466,7 @@ def _dropout(x, p=0.5, training=True, inplace=False):
     return NotImplemented if training else x
 
 
-def _attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Handler of scaled_dot_product_attention: in int8 execution, where that was asked for, in what is fastest here."""
     wanted = next((x.attention_dtype for x in (query, key, value) if isinstance(x, Lazy)), None)
     if wanted is None:
@@ -504,6 +503,12 @@ def fastest_attention():
                 ways[how](x, x, x)
             seconds[how, dtype] = time.perf_counter() - start
     return min(seconds, key=seconds.get)
+
+
+def attention_line():
+    """fastest_attention() in words."""
+    how, dtype = fastest_attention()
+    return f"{'fused' if how == 'fused' else 'matrix products'} in {str(dtype).removeprefix('torch.')}"
 
 
 def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
@@ -986,7 +991,8 @@ def compiled(model, run):
             run(images)  # so that the kernels are checked and have their weights' layout
             graph = make_fx(lambda images: read(run(images)), decomposition_table=RESIZING)(images)
             graph.graph.eliminate_dead_code()
-            graph.recompile()
+            graph = split_const_subgraphs(graph)
+            graph.run_folding()
             graphs[images.shape] = torch.compile(graph, dynamic=False)
         return graphs[images.shape](images)
 
