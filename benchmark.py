@@ -21,6 +21,8 @@ miou: of evaluate.evaluate() on the checkpoint's own val split and size, in PyTo
     agreement says how many percent of the pixels (of noise) a row puts into the class that PyTorch's float32 does, and
     for a quantized network its int8 kernels.
 
+    machine says, where a quantized network is among them, what attention runs in, chosen by a short trial.
+
 What cannot be measured is null, and `reasons` says why.
 """
 

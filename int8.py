@@ -11,6 +11,8 @@ bytes. So every network goes through, whatever its forward() does, and what does
 ("fake quantized") and converted networks share this code path; they differ in what a Point makes of a tensor:
 fake-quantized floats, or bytes.
 
+compiled() makes a plain graph of all that for torch.compile, which fuses what is between the kernels.
+
 The kernels are PyTorch's oneDNN ones (torch.ops.onednn), for x86 CPUs. Elsewhere the same checkpoint computes the same
 numbers, to rounding, in float from the int8 weights.
 """
@@ -988,7 +990,7 @@ def compiled(model, run):
 
     def call(images):
         if images.shape not in graphs:
-            run(images)  # so that the kernels are checked and have their weights' layout
+            read(run(images))  # so that the kernels are checked and have their weights' layout
             graph = make_fx(lambda images: read(run(images)), decomposition_table=RESIZING)(images)
             graph.graph.eliminate_dead_code()
             graph = split_const_subgraphs(graph)
