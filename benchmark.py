@@ -21,6 +21,8 @@ miou: of evaluate.evaluate() on the checkpoint's own val split and size, in PyTo
     agreement says how many percent of the pixels (of noise) a row puts into the class that PyTorch's float32 does, and
     for a quantized network its int8 kernels.
 
+    machine says, where a quantized network is among them, what attention runs in, chosen by a short trial.
+
 What cannot be measured is null, and `reasons` says why.
 """
 
@@ -60,7 +62,7 @@ import evaluate
 import export_onnx
 from datasets import DATASETS, DataError, eval_loader
 from evaluate import ROOT
-from int8 import is_quantized, simulated, watched
+from int8 import attention_line, is_quantized, kernels, simulated, watched
 from models import (
     BACKBONES,
     HEADS,
@@ -153,12 +155,7 @@ def torch_runner(model, images, dtype, threads=None, path=None):
 
 
 def compile_runner(model, images, dtype, threads=None, path=None):
-    if is_quantized(model):
-        raise ModelError("torch.compile does not take the lazy tensors of a quantized network")
-    # Networks share the code of forward(), and the ninth version of one piece of code would silently stay uncompiled.
-    torch._dynamo.config.recompile_limit = 256
-    # freezing: weights become constants, which a CPU then keeps in the layout that its convolutions want.
-    return torch_runner(torch.compile(model, dynamic=False, options={"freezing": True}), images, dtype)
+    return torch_runner(evaluate.compiled(model, model), images, dtype)
 
 
 def file_runner(open_file):
@@ -428,7 +425,9 @@ def machine_line(machine):
     """One line of text for what describe_machine() gives."""
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     abilities = ", ".join(machine["abilities"]) or "no int8 or bfloat16 instructions"
-    return f"{machine['name']}, {machine['cores']} cores ({abilities}); {versions}; load before {machine['load']}"
+    attention = f"; attention in int8 networks: {machine['int8_attention']}" if "int8_attention" in machine else ""
+    load = f"load before {machine['load']}"
+    return f"{machine['name']}, {machine['cores']} cores ({abilities}); {versions}; {load}{attention}"
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -572,6 +571,8 @@ def measure(wanted, *, backends, device, dtype, threads, runs, size, batch, miou
             entries += [(subject, *rest) for rest in opened]
         if not entries:
             raise ModelError("none of the networks can be measured")
+        if any(is_quantized(subject.model) for subject, *_ in entries) and kernels():
+            machine["int8_attention"] = attention_line()
         running = [entry for entry in entries if entry[2]]
         for *_, run, _ in running:
             for _ in range(1 if dry_run else WARM_UP):

@@ -57,6 +57,7 @@ from torchvision import tv_tensors
 from tqdm import tqdm
 
 import datasets
+import int8
 import models
 from datasets import DataError, DataInfo, count, image_scale, pixels, positive_int, thread_count, worker_count
 from models import ModelError
@@ -1183,6 +1184,29 @@ def choose_amp(name, device):
     return "bf16" if 1.2 * times["bf16"] < times["off"] else "off"  # the casts cost something too
 
 
+def compiled(model, run):
+    """run(images), of a network, by torch.compile, anew for each shape of images and with the weights that are there
+    then."""
+    # Networks share the code of forward(), and the ninth version of one piece of code would silently stay uncompiled.
+    torch._dynamo.config.recompile_limit = 256
+    # Weights become constants, which a CPU then keeps in the layout that its kernels want; as an option of
+    # torch.compile() this comes too late.
+    torch._inductor.config.freezing = True
+    return int8.compiled(model, run) if int8.is_quantized(model) else torch.compile(run, dynamic=False)
+
+
+class Compiled(nn.Module):
+    """A network as predict() calls it, compiled: encode() goes up to the logits, which decode() leaves as they are."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.stride = model, model.stride
+        self.encode = compiled(model, lambda images: model.decode(model.encode(images)))
+
+    def decode(self, logits):
+        return logits
+
+
 def peak_memory_mb(device):
     """Peak memory so far, MiB: of the tensors on a GPU, or of this whole process on a CPU; None where none can say."""
     if device.type == "cuda":
@@ -1269,7 +1293,7 @@ def before_after(stages, image, *, out, seconds, device, more, dry_run=False):
     latency = dict(zip(timed, milliseconds(calls, 1 if dry_run else 10), strict=True))
     joules, no_energy = energy_of(calls, device, seconds=0.1 if dry_run else 2)
     energy = dict(zip(timed, joules, strict=True))
-    macs = {n: None if hasattr(m, "points") else count_macs(m, image.to(device)) for n, m in timed.items()}
+    macs = {n: None if int8.is_quantized(m) else count_macs(m, image.to(device)) for n, m in timed.items()}
     done |= {"before": before, "macs": macs[list(stages)[-1]], "macs_before": macs[next(iter(stages))]}
     done["macs_ratio"] = done["macs"] / done["macs_before"] if done["macs"] and done["macs_before"] else None
     for key, values in (("latency_ms", list(latency.values())), ("energy_j", joules)):
@@ -1292,7 +1316,7 @@ def before_after(stages, image, *, out, seconds, device, more, dry_run=False):
 
 def ready(model):
     """A network as it is timed: BatchNorm and layer scales folded, in a copy; a quantized one as it is."""
-    if hasattr(model, "points"):
+    if int8.is_quantized(model):
         return model
     model = copy.deepcopy(model).eval()
     models.fold_batchnorm(model)
@@ -1359,12 +1383,19 @@ def make_parser():
     add("--boundary", action=argparse.BooleanOptionalAction, default=True, help="boundary IoU too")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--amp", choices=("auto", "off", "bf16"), default="off", help="mixed precision; off is float32")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile, once for each input shape",
+    )
     add("--threads", type=thread_count, help="CPU threads; left out: PyTorch's choice")
     add("--out", help="folder to write to; left out: checkpoints/evaluate")
     add("--dry-run", action="store_true", help="two images only")
     scoring = "--dataset --data-root --split --batch-size --workers"
     options = "--void-as-class --train-share --val-drives --download"
     parser.only(f"{scoring} {options}", "scoring, not of --images", lambda args: not args.images)
+    parser.only("--compile", "one network, not of --adapter", lambda args: not args.adapter)
     parser.only("--slide-stride", "--slide H W, the window", lambda args: args.slide)
     return parser
 
@@ -1500,6 +1531,7 @@ def main(argv=None):
                          "name another")  # fmt: skip
     claim(out, keep=False)
     if not args.adapter:
+        model = Compiled(model) if args.compile else model
         return run(args, model, checkpoint, command, device, out)
     for i, path in enumerate(args.adapter, 1):
         began = time.perf_counter()

@@ -11,6 +11,8 @@ bytes. So every network goes through, whatever its forward() does, and what does
 ("fake quantized") and converted networks share this code path; they differ in what a Point makes of a tensor:
 fake-quantized floats, or bytes.
 
+compiled() makes a plain graph of all that for torch.compile, which fuses what is between the kernels.
+
 The kernels are PyTorch's oneDNN ones (torch.ops.onednn), for x86 CPUs. Elsewhere the same checkpoint computes the same
 numbers, to rounding, in float from the int8 weights.
 """
@@ -19,14 +21,18 @@ import contextlib
 import functools
 import itertools
 import math
+import time
 import weakref
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._prims_common import suggest_memory_format
+from torch.fx.experimental.const_fold import split_const_subgraphs
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from models import no_grad
+from models import ModelError, no_grad
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
@@ -462,13 +468,49 @@ def _dropout(x, p=0.5, training=True, inplace=False):
     return NotImplemented if training else x
 
 
-def _attention(query, key, value, *args, **kwargs):
-    """Handler of scaled_dot_product_attention: in bfloat16 in int8 execution, where that was asked for."""
-    dtype = next((x.attention_dtype for x in (query, key, value) if isinstance(x, Lazy)), None)
-    if dtype is None:
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Handler of scaled_dot_product_attention: in int8 execution, where that was asked for, in what is fastest here."""
+    wanted = next((x.attention_dtype for x in (query, key, value) if isinstance(x, Lazy)), None)
+    if wanted is None:
         return NotImplemented
-    kwargs = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in kwargs.items()}
-    return wrap(F.scaled_dot_product_attention(*(read(x, dtype) for x in (query, key, value)), *args, **kwargs), dtype)
+    how, dtype = fastest_attention()
+    parts = [read(x, dtype) for x in (query, key, value)]
+    if how == "products" and attn_mask is None and not (dropout_p or is_causal or enable_gqa):
+        return wrap(attention_products(*parts, scale), wanted)
+    if torch.is_tensor(attn_mask) and attn_mask.is_floating_point():
+        attn_mask = attn_mask.to(dtype)
+    options = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    return wrap(F.scaled_dot_product_attention(*parts, attn_mask, **options), wanted)
+
+
+def attention_products(query, key, value, scale=None, scores=2**20):
+    """scaled_dot_product_attention() as matrix products and a softmax, of so many queries at once that their `scores`
+    stay in the cache."""
+    rows = max(1, scores // (math.prod(query.shape[:-2]) * key.shape[-2]))
+    parts = (query * (scale or query.shape[-1] ** -0.5)).split(rows, -2)
+    return torch.cat([(part @ key.mT).softmax(-1) @ value for part in parts], -2)
+
+
+@functools.cache
+def fastest_attention():
+    """(how, dtype) in which attention is fastest on this CPU, by a short trial: "fused", by PyTorch's kernel, or
+    "products", where there are instructions for bfloat16."""
+    ways, seconds = {"fused": F.scaled_dot_product_attention, "products": attention_products}, {}
+    with torch.inference_mode():
+        for how, dtype in (("fused", torch.float32), ("fused", torch.bfloat16), ("products", torch.bfloat16)):
+            x = torch.ones(1, 6, 384, 64, dtype=dtype)
+            ways[how](x, x, x)
+            start = time.perf_counter()
+            for _ in range(5):
+                ways[how](x, x, x)
+            seconds[how, dtype] = time.perf_counter() - start
+    return min(seconds, key=seconds.get)
+
+
+def attention_line():
+    """fastest_attention() in words."""
+    how, dtype = fastest_attention()
+    return f"{'fused' if how == 'fused' else 'matrix products'} in {str(dtype).removeprefix('torch.')}"
 
 
 def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
@@ -921,6 +963,42 @@ def simulated(model):
         yield model
     finally:
         execute(model, int8=int8, attention_dtype=dtype)
+
+
+@torch.library.custom_op("int8::resize", mutates_args=())
+def resize_whole(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bilinear resizing that torch.compile leaves to PyTorch's kernel, which is several times as fast as what it makes
+    of it."""
+    return F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
+
+
+@resize_whole.register_fake
+def _(x, height, width):
+    size = (*x.shape[:2], height, width)
+    return torch.empty(size, dtype=x.dtype, device=x.device).contiguous(memory_format=suggest_memory_format(x))
+
+
+RESIZING = {torch.ops.aten.upsample_bilinear2d.vec: lambda x, size, *_: torch.ops.int8.resize(x, *size)}
+
+
+def compiled(model, run):
+    """run(images), of a quantized network, by torch.compile: as that takes no Lazy, it is given a plain graph of
+    operators, for each shape of images one. ModelError of --method dynamic, whose numbers are not known beforehand."""
+    if any(not point.lasting for point in model.points):
+        raise ModelError("torch.compile wants ranges of activations that are known, which --method dynamic has not")
+    graphs = {}
+
+    def call(images):
+        if images.shape not in graphs:
+            read(run(images))  # so that the kernels are checked and have their weights' layout
+            graph = make_fx(lambda images: read(run(images)), decomposition_table=RESIZING)(images)
+            graph.graph.eliminate_dead_code()
+            graph = split_const_subgraphs(graph)
+            graph.run_folding()
+            graphs[images.shape] = torch.compile(graph, dynamic=False)
+        return graphs[images.shape](images)
+
+    return call
 
 
 @contextlib.contextmanager

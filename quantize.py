@@ -737,7 +737,7 @@ def make_parser():
     add("--skip", nargs="+", default=[], metavar="LAYER", help="layers to leave in float")
     add("--sensitivity", action="store_true", help="rank the layers by the error each brings alone (figure, CSV)")
     add("--max-drop", type=not_negative, metavar="POINTS", help="leave as many layers in float as this mIoU drop takes")
-    add("--attention", choices=("bf16", "float32"), default="bf16", help="what attention is computed in")
+    add("--attention", choices=("bf16", "float32"), default="bf16", help="its numbers; bf16: or float32 where faster")
     add("--steps", choices=("learned", "frozen"), default="learned", help="qat: scales are trained (LSQ), or observed")
     add("--kl", type=not_negative, default=1.0, metavar="WEIGHT", help="qat: of the divergence from the float network")
     add("--out", help="folder to write to; left out: checkpoints/quantize-METHOD")
@@ -928,6 +928,8 @@ def report(stages, metrics, *, args, command, parent, device, start, more):
         print(f"in float: {name} ({why}{'; its weight is int8' if name in layers else ''})")
     print(f"int8: {more['int8_layers']} of {more['layers']} layers, {more['quantized_macs_percent']:.1f}% of the MACs; "
           f"{more['quantized_params_percent']:.1f}% of the parameters in {args.bits} bits")  # fmt: skip
+    if entry["attention"] == "bf16" and more["int8_kernels"]:
+        print(f"attention, if there is any: {int8.attention_line()}, the fastest here")
     if in_int8 and not kernels():
         print("no int8 kernels on this machine: computed in float from the int8 weights")
     print(f"{done['file_mb'] / done['before']['file_mb']:.3f} of the size, "

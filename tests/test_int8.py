@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import evaluate
 import int8
 import quantize
 from int8 import Point, choose_qparams, dequantize, fake_quantize, quant_layers
-from models import build_model
+from models import ModelError, build_model
 
 KERNELS = pytest.mark.skipif(not int8.kernels(), reason="this CPU has no int8 kernels")
 NETWORKS = [
@@ -319,9 +320,11 @@ def compare_each_layer(model, x, monkeypatch):
     return len(steps) + len(floats) - 2, max(steps), max(floats)
 
 
-@pytest.mark.parametrize(
-    "build", [*NETWORKS, None], ids=lambda b: "mixed" if b is None else "-".join(map(str, b.values()))
-)
+def name(build):
+    return "mixed" if build is None else "-".join(map(str, build.values()))
+
+
+@pytest.mark.parametrize("build", [*NETWORKS, None], ids=name)
 @torch.no_grad()
 def test_every_network(build, monkeypatch):
     model = mixed() if build is None else make(**build)
@@ -354,6 +357,61 @@ def test_every_network(build, monkeypatch):
         found = converted(x)
         assert (found - fake).norm() < 0.25 * expected.norm()  # a step here and there, through a whole network
     assert converted(images(33, 70)).shape == model(images(33, 70)).shape
+
+
+@pytest.mark.parametrize(
+    "build", [pytest.param(build, marks=pytest.mark.slow) for build in NETWORKS] + [None], ids=name
+)
+@torch.no_grad()
+def test_every_network_compiled(build):
+    model, _ = prepared(mixed() if build is None else make(**build), images(65, 97))
+    quantize.convert(model)
+    compiled = evaluate.compiled(model, model)
+    with torch.inference_mode():
+        for size in ((65, 97), *[(48, 40)] * (build is not None)):
+            x = images(*size)
+            expected, found = model(x), compiled(x)
+            assert found.shape == expected.shape
+            # fused sums are rounded in another order: a step here and there, through a whole network
+            assert (found - expected).norm() < 0.1 * expected.norm()
+            assert torch.equal(compiled(x), found)
+
+
+@torch.no_grad()
+def test_evaluation_by_the_plain_graph_is_that_of_the_network(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda graph, **_options: graph)
+    model, _ = prepared(make(model="segformer-tiny"), images(64, 96))
+    quantize.convert(model)
+    compiled = evaluate.Compiled(model)
+    for size in ((64, 96), (48, 33)):
+        x = images(*size)
+        assert torch.equal(evaluate.predict(compiled, x), evaluate.predict(model, x))
+
+
+def test_ranges_that_are_taken_at_run_time_are_not_compiled():
+    model = mixed()
+    quantize.make_dynamic(model, quantize.prepare(model, images(65, 97)).wiring)
+    quantize.convert(model)
+    with pytest.raises(ModelError, match="--method dynamic"):
+        evaluate.compiled(model, model)
+
+
+@torch.no_grad()
+def test_attention_is_the_same_in_each_of_its_forms(monkeypatch):
+    query, key, value = torch.randn(3, 2, 4, 50, 16).unbind()
+    expected = F.scaled_dot_product_attention(query, key, value)
+    for scores in (1, 3 * 8 * 50, 2**20):  # one query at once, three, all
+        assert torch.allclose(int8.attention_products(query, key, value, scores=scores), expected, atol=1e-6)
+    assert torch.allclose(int8.attention_products(query, key, value, scale=0.1),
+                          F.scaled_dot_product_attention(query, key, value, scale=0.1), atol=1e-6)  # fmt: skip
+    x, found = images(65, 97), []
+    model, _ = prepared(mixed(), x)
+    quantize.convert(model, attention_dtype=torch.bfloat16)
+    for form in (("fused", torch.float32), ("fused", torch.bfloat16), ("products", torch.bfloat16)):
+        monkeypatch.setattr(int8, "fastest_attention", lambda form=form: form)
+        found.append(model(x))
+    for other in found[1:]:
+        assert (other - found[0]).norm() < 0.05 * found[0].norm()
 
 
 class Kept(nn.Module):

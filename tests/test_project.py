@@ -36,7 +36,7 @@ ALLOWED = {
     "losses": set(),
     "scenes": set(),
     "datasets": {"scenes", "models"},
-    "evaluate": {"models", "datasets"},
+    "evaluate": {"models", "datasets", "int8"},
     "train": TRIO | {"evaluate"},
     "int8": {"models"},
     **{name: TRIO | {"evaluate", "train"} for name in COMPRESSION},
