@@ -334,6 +334,7 @@ def status_mb(field):
 def fresh_run(weights, build, backend, device, dtype, shape, threads, calls=3):
     """What a fresh process reports of a network that it loads and runs -> MiB {"peak_memory_mb", "memory_added_mb"}."""
     torch.set_num_threads(threads)
+    evaluate.keep_freed_memory()
     device, dtype = torch.device(device), DTYPES[dtype]
     with torch.device("meta"):
         build_model(**build)  # imports what this network needs, so that it counts as imported
@@ -965,6 +966,7 @@ def main(argv=None):
     args = make_parser().parse(argv)
     out = evaluate.out_folder(args.out, "benchmark" if args.dry_run else "", dry_run=args.dry_run)
     evaluate.claim(out, keep=False)
+    evaluate.keep_freed_memory()
     if args.figures_from:
         rows = merge(args.figures_from)
     else:

@@ -29,6 +29,7 @@ import base64
 import contextlib
 import copy
 import csv
+import ctypes
 import functools
 import io
 import itertools
@@ -1207,6 +1208,18 @@ class Compiled(nn.Module):
         return logits
 
 
+def keep_freed_memory():
+    """Tell glibc to keep what is freed: a network frees and allocates the same large tensors again and again, and
+    getting each from the kernel as zeroed pages makes a training step on a CPU 5 to 15% slower, and a small network of
+    large maps by up to a half. Does nothing under another C library."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_top_pad, 2**28)
+
+
 def peak_memory_mb(device):
     """Peak memory so far, MiB: of the tensors on a GPU, or of this whole process on a CPU; None where none can say."""
     if device.type == "cuda":
@@ -1521,6 +1534,7 @@ def main(argv=None):
     """Run the command line; returns what results.json holds."""
     args = make_parser().parse(argv)
     command = command_line("evaluate.py", argv)
+    keep_freed_memory()
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)

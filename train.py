@@ -23,7 +23,6 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without
 import argparse
 import contextlib
 import copy
-import ctypes
 import datetime
 import functools
 import inspect
@@ -240,17 +239,6 @@ def set_seed(seed, *, deterministic=False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-
-
-def keep_freed_memory():
-    """Tell glibc to keep what is freed: a CPU step frees and allocates the same large tensors again and again, and
-    getting each from the kernel as zeroed pages makes it 5 to 15% slower. Does nothing under another C library."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_top_pad, 2**28)
 
 
 def rank_and_world():
@@ -908,7 +896,7 @@ def start(args):
     """Threads, seed, precision, as the flags say -> the device to run on."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    evaluate.keep_freed_memory()
     set_seed(args.seed, deterministic=args.deterministic)
     device = evaluate.pick_device(args.device)
     args.amp = evaluate.choose_amp(args.amp, device)
