@@ -166,6 +166,21 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     assert set(objective.report().values()) == {0.0}  # those of the steps since then
 
 
+def test_a_boundary_is_as_wide_in_pixels_at_the_stride_of_the_logits():
+    torch.manual_seed(0)
+    student, teacher = (build_model(num_classes=4, **FAMILIES["resnet"]).eval() for _ in range(2))
+    x, y = images(), torch.arange(56).div(20, rounding_mode="floor").expand(2, 42, 56)  # boundaries at columns 20, 40
+    found = {}
+    for pixels in (8, 40):  # a cell of eight, and five
+        boundary = dict(boundary_weight=3.0, boundary_width=pixels)
+        found[pixels] = distiller(student, [teacher], {"kl": 1.0}, boundary=boundary).eval()(x, y)
+        logits, wanted = (network.decode(network.encode(x)) for network in (student, teacher))
+        small = F.pad(y, (0, 0, 0, 6), value=255)[:, 4::8, 4::8]
+        shared = dict(teacher=wanted, temperature=2.0, boundary_weight=3.0, boundary_width=pixels // 8)
+        torch.testing.assert_close(found[pixels], losses.distillation(logits, small, **shared))
+    assert found[8] != found[40]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("taught", [name for name in FAMILIES if name != "mask2former"])
 def test_every_family_learns_from_every_other_for_a_step(name, taught):

@@ -228,6 +228,11 @@ def run_here(command):
     torch.set_num_threads(threads)
 
 
+def sizes_for_times(model, *_):
+    """In place of prune.layer_times(): a call of a layer of a small network takes as long whatever its width."""
+    return dict.fromkeys(prune.input_dims(model), math.prod)
+
+
 def trained(folder, *, camvid, size):
     """A checkpoint of two steps, on drawn scenes or on CamVid."""
     if not camvid:
@@ -247,9 +252,7 @@ def test_readme_command(command, whole, request, monkeypatch):
     if not whole:
         shrink_networks(monkeypatch)
         size = "--size 90 120 --crop 90 120"
-        # the layers of small networks take as long as their call, whatever their width, and some noise
-        by_size = lambda model, *_: dict.fromkeys(prune.input_dims(model), math.prod)  # noqa: E731
-        monkeypatch.setattr(prune, "layer_times", by_size)
+        monkeypatch.setattr(prune, "layer_times", sizes_for_times)
     camvid = "camvid" in command.lower()
     if camvid:
         if not CAMVID.exists():
