@@ -1166,7 +1166,8 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_amp(name, device):
     """Resolve --amp (auto, off, bf16, fp16) to a key of AMP_DTYPES. auto: what multiplies matrices fastest here.
 
-    A CPU is timed for a moment: whether bfloat16 pays there depends on its instructions (AMX, AVX512-BF16).
+    A CPU is timed for a moment, best of ten turns each: whether bfloat16 pays depends on its instructions (AMX,
+    AVX512-BF16), and what else runs just then must not decide it for the whole run.
     """
     if name == "fp16" and device.type != "cuda":
         raise ModelError("--amp fp16 needs a GPU: choose bf16, off or auto on the CPU")
@@ -1174,14 +1175,13 @@ def choose_amp(name, device):
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    times = {}
-    for amp in ("off", "bf16"):
-        a = torch.ones(512, 512, dtype=AMP_DTYPES[amp] or torch.float32)
-        a @ a
-        start = time.perf_counter()
-        for _ in range(5):
+    matrices = {amp: torch.ones(512, 512, dtype=AMP_DTYPES[amp] or torch.float32) for amp in ("off", "bf16")}
+    times = dict.fromkeys(matrices, math.inf)
+    for _ in range(10):
+        for amp, a in matrices.items():
+            start = time.perf_counter()
             a @ a
-        times[amp] = time.perf_counter() - start
+            times[amp] = min(times[amp], time.perf_counter() - start)
     return "bf16" if 1.2 * times["bf16"] < times["off"] else "off"  # the casts cost something too
 
 
