@@ -620,11 +620,6 @@ class QuantLayer(nn.Module):
     def __getstate__(self):
         return self.__dict__ | {"packed": None, "kernel_correct": None}  # the kernels' own layout cannot be copied
 
-    @staticmethod
-    def has_kernel(layer):
-        """Whether there is an int8 kernel for a layer."""
-        return True
-
     def reset_scale(self):
         """The scale of the largest magnitude."""
         rows = group_rows(self.values.detach(), self.group_size, self.axis)
@@ -847,8 +842,10 @@ class QuantLinear(QuantLayer):
 
 
 class QuantConvTranspose2d(QuantLayer):
-    """A transposed convolution. Where its windows do not overlap (kernel = stride), it is a 1 x 1 convolution to all
-    places of the window, which are then spread; for others there is no int8 kernel, and the weight alone is quantized.
+    """A transposed convolution, for which there is no int8 kernel: run as the convolution that it is (Shi et al. 2016,
+    arXiv 1609.07009). Outputs at one place within a stride come from the same taps of the weight, so a convolution
+    gives all places of a stride as channels, which are then spread; taps that a place does not have are 0. Where
+    windows do not overlap (kernel = stride) it is a 1 x 1 one without zeros.
     """
 
     axis = 1
@@ -862,32 +859,49 @@ class QuantConvTranspose2d(QuantLayer):
     def refuses(layer):
         return "groups" if layer.groups > 1 else None
 
-    @staticmethod
-    def has_kernel(layer):
-        plain = layer.padding == layer.output_padding == (0, 0) and layer.dilation == (1, 1)
-        return plain and layer.kernel_size == layer.stride and layer.stride[0] == layer.stride[1]
-
     def fuses(self, attr, post):
         return attr not in ("gelu", "add")
 
+    def taps(self, axis):
+        """Of rows (axis 0) or columns: [(place within the stride, step from the input there)] of each tap."""
+        stride, padding, _, _, dilation = (option[axis] if isinstance(option, tuple) else 1 for option in self.options)
+        reach = [dilation * tap - padding for tap in range(self.shape[2 + axis])]  # output o = stride * input + reach
+        return [(r % stride, -(r // stride)) for r in reach]
+
     def packs(self, x):
         if self.packed is None:
-            size = self.shape[2]
-            weight = self.weight_q.permute(1, 2, 3, 0).reshape(-1, self.in_channels, 1, 1).contiguous()
-            scale = self.weight_scale.repeat_interleave(size**2)
-            bias = None if self.bias is None else self.bias.detach().repeat_interleave(size**2)
-            places = [[1, 1], [0, 0], [1, 1]]
+            (high, wide), taps = self.options[0], [self.taps(0), self.taps(1)]
+            steps = [[step for _, step in rows] for rows in taps]
+            first, last = [min(s) for s in steps], [max(s) for s in steps]
+            kernel = [b - a + 1 for a, b in zip(first, last, strict=True)]
+            weight = self.weight_q.new_zeros(high, wide, self.out_channels, self.in_channels, *kernel)
+            for i, (row, down) in enumerate(taps[0]):
+                for j, (column, right) in enumerate(taps[1]):
+                    weight[row, column, :, :, down - first[0], right - first[1]] = self.weight_q[:, :, i, j].T
+            weight = weight.flatten(0, 2).contiguous()
+            scale = self.weight_scale.repeat(high * wide)
+            bias = None if self.bias is None else self.bias.detach().repeat(high * wide)
+            # enough for the first place of the output and for the last
+            size = self.output_shape(x.shape)[-2:]
+            count = [math.ceil(n / s) for n, s in zip(size, self.options[0], strict=True)]
+            after = [c - n + b for c, n, b in zip(count, x.shape[-2:], last, strict=True)]
+            padding = [max(0, -a, p) for a, p in zip(first, after, strict=True)]
+            places = [[1, 1], padding, [1, 1]]
             packed = torch.ops.onednn.qconv_prepack(weight, scale, *self.points[0].numbers, *places, 1, list(x.shape))
-            self.packed = packed, scale, torch.zeros(len(scale), dtype=torch.int8), bias, places
+            start = [p + a for p, a in zip(padding, first, strict=True)]
+            self.packed = packed, scale, torch.zeros(len(scale), dtype=torch.int8), bias, places, start
         return self.packed
 
     def kernel(self, x, scale, zero_point, dtype, post):
-        weight, weight_scale, zeros, bias, places = self.packs(x)
+        weight, weight_scale, zeros, bias, places, (top, left) = self.packs(x)
         y = torch.ops.onednn.qconv_pointwise(
             x, *self.points[0].numbers, weight, weight_scale, zeros, bias, *places, 1,
             scale, zero_point, dtype, post.attr, list(post.args), post.algorithm,
         )  # fmt: skip
-        return F.pixel_shuffle(y, self.shape[2]).contiguous(memory_format=torch.channels_last)
+        (high, wide), (*_, height, width) = self.options[0], self.output_shape(x.shape)
+        y = y[..., top : top - (-height // high), left : left - (-width // wide)].permute(0, 2, 3, 1)
+        y = y.unflatten(3, (high, wide, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (N, rows, columns, channels)
+        return y[:, :height, :width].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
     def output_shape(self, shape):
         stride, padding, extra, _, dilation = self.options

@@ -187,8 +187,6 @@ def prepare(model, images, *, activations=True, skip=(), **options):
         if why := int8.KINDS[type(layer)].refuses(layer):
             left[name] = why
             continue
-        if not int8.KINDS[type(layer)].has_kernel(layer):
-            weights_only[name] = "no int8 kernel"
         model.set_submodule(name, int8.KINDS[type(layer)](layer, **options))
     layers = quant_layers(model)
     if not layers:

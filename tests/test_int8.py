@@ -1,6 +1,7 @@
 """How quantized networks run: the arithmetic against torch's own, lazy tensors, every network in int8."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -318,6 +319,36 @@ def compare_each_layer(model, x, monkeypatch):
     model(x)
     monkeypatch.undo()
     return len(steps) + len(floats) - 2, max(steps), max(floats)
+
+
+@pytest.mark.skipif(not int8.kernels(), reason="needs a CPU with AVX-512 VNNI or AMX")
+@pytest.mark.parametrize("padding", [0, 1, (2, 0)])
+@pytest.mark.parametrize("stride", [1, 2, 3, (2, 1)])
+@pytest.mark.parametrize("kernel", [1, 2, 3, (3, 5), 7])
+@torch.no_grad()
+def test_a_transposed_convolution_as_a_convolution(kernel, stride, padding):
+    tried = 0
+    for extra, dilation, bias, (c_in, c_out) in itertools.product((0, 1), (1, 2), (True, False), ((3, 5), (16, 11))):
+        layer = nn.ConvTranspose2d(c_in, c_out, kernel, stride, padding, extra, bias=bias, dilation=dilation)
+        q = torch.randint(0, 256, (2, c_in, 7, 9), dtype=torch.uint8)
+        try:
+            layer(q.float())
+        except (RuntimeError, ValueError):  # nothing is left of the output, or more is added to it than a stride
+            continue
+        quantized, point = int8.QuantConvTranspose2d(layer), Point()
+        quantized.convert()
+        point.set_range(torch.tensor(-2.0), torch.tensor(3.0))
+        point.freeze(int8=True)
+        quantized.points = (point, None)
+        weight = dequantize(quantized.weight_q, quantized.weight_scale, axis=1)
+        for x in (q, q[:1, :, :5, :4]):  # one packed weight for images of any size
+            x = x.contiguous(memory_format=torch.channels_last)
+            found = quantized.kernel(x, 1.0, 0, torch.float32, int8.Post())
+            options = (stride, padding, extra, 1, dilation)
+            expected = F.conv_transpose2d(point.dequantize(x), weight, layer.bias, *options)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        tried += 1
+    assert tried >= 4
 
 
 def name(build):
