@@ -695,6 +695,7 @@ class SegmentationDataset(Dataset):
         self.max_pixels = info.options.get("max_pixels", MAX_PIXELS)
         self.notes = []  # lines of what a user should know
         self.masks_as_stored = False
+        self.color_transfer, self.colours = 0.0, {}  # see recoloured(); index -> mean and spread of the channels
 
     def __len__(self):
         return len(self.pairs) if self.pairs else self.length
@@ -789,7 +790,29 @@ class SegmentationDataset(Dataset):
         with one_thread(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU as well
             image, mask = self.raw(i)
+            if self.color_transfer and torch.rand(()) < self.color_transfer:
+                image = self.recoloured(i, image)
             return self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+
+    def recoloured(self, i, image):
+        """The i-th image, uint8 (3, H, W), with each channel's mean and standard deviation moved a random part of the
+        way to those of another image of the split: "Color Transfer between Images" (Reinhard et al. 2001), in RGB."""
+        other = int(torch.randint(len(self), ()))
+        for known in {i, other} - self.colours.keys():
+            self.colours[known] = colour_statistics(image if known == i else self.raw(known)[0])
+        (mean, spread), theirs, part = self.colours[i], self.colours[other], torch.rand(()).item()
+        wanted, width = mean + part * (theirs[0] - mean), spread + part * (theirs[1] - spread)
+        curves = (np.arange(256) - mean) * (width / spread) + wanted  # (3, 256)
+        curves = curves.round().clip(0, 255).astype(np.uint8)
+        return torch.from_numpy(np.stack([c[x] for c, x in zip(curves, image.numpy(), strict=True)]))
+
+
+def colour_statistics(image):
+    """Mean and standard deviation, at least 1, of each channel of an image (3, H, W), uint8: (3, 1) each."""
+    counts = np.stack([np.bincount(x.ravel(), minlength=256) for x in image.numpy()])
+    share, values = counts / counts.sum(1, keepdims=True), np.arange(256)
+    mean = (share * values).sum(1, keepdims=True)
+    return mean, np.sqrt((share * (values - mean) ** 2).sum(1, keepdims=True)).clip(1)
 
 
 class FeatureViews(Dataset):
@@ -1420,10 +1443,12 @@ def add_data_args(parser):
         help="redraw a crop in which one class has more than this share; 1: never")  # fmt: skip
     add("--flip", type=probability, default=0.5, metavar="P", help="probability of a horizontal flip")
     add("--photometric", action=yes_no, help="random brightness, contrast, saturation, hue; None: the data set's own")
+    add("--color-transfer", type=probability, default=0.0, metavar="P",
+        help="probability that an image takes on, in part, the colours of another of the split")  # fmt: skip
     add("--class-weights", choices=CLASS_WEIGHTS, default="none", help="weights of the loss, from pixel counts")
     add("--class-weights-power", type=positive_float, default=1.0, help="raise them to it: below 1 they are milder")
     add_option_args(add)
-    parser.only("--scale --cat-max-ratio --flip --photometric", "--augment", lambda args: args.augment)
+    parser.only("--scale --cat-max-ratio --flip --photometric --color-transfer", "--augment", lambda args: args.augment)
     parser.only("--class-weights-power", "--class-weights", lambda args: args.class_weights != "none")
 
 

@@ -743,8 +743,9 @@ def make_parser():
     datasets.add_data_args(parser)
     train.add_train_args(parser, without=("--compile", "--frozen-norm-epochs"))  # lazy tensors; norms are folded
     parser.set_defaults(**QAT_DEFAULTS, compile=False, frozen_norm_epochs=0)
-    drawn = "--augment --scale --cat-max-ratio --flip --photometric --class-weights --class-weights-power"
-    trained = f"--kl --steps --tensorboard {drawn} {parser.flags('loss', 'training')}"
+    drawn = "--augment --scale --cat-max-ratio --flip --photometric --color-transfer"
+    weighed = "--class-weights --class-weights-power"
+    trained = f"--kl --steps --tensorboard {drawn} {weighed} {parser.flags('loss', 'training')}"
     parser.only(trained, "--method qat", lambda args: args.method == "qat")
     calibrated = "--observer --smooth --correct-bias --equalize --sensitivity --max-drop"
     parser.only(calibrated, "--method ptq and qat", lambda args: args.method in ("ptq", "qat"))

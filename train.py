@@ -1044,6 +1044,7 @@ def open_splits(args):
         train_set.info, crop=args.crop, scale=args.scale, cat_max_ratio=args.cat_max_ratio, flip=args.flip,
         photometric=args.photometric, augment=args.augment,
     )  # fmt: skip
+    train_set.color_transfer = args.color_transfer if args.augment else 0.0
     few = dict(length=2) if args.dry_run else {}
     val_set = datasets.open_dataset(args.dataset, "val", **common, **few)
     if shared := datasets.shared_images(val_set, train_set):

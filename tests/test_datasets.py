@@ -795,6 +795,37 @@ def test_photometric_changes_the_image_only():
     assert changed >= 6
 
 
+@pytest.mark.parametrize("part", [0.0, 0.25, 1.0])
+def test_an_image_takes_on_the_colours_of_another(part, monkeypatch):
+    dataset = open_dataset("synthetic", "train", length=4, size=(56, 112))
+    image, other = (dataset.raw(i)[0] for i in (1, 3))
+    monkeypatch.setattr(torch, "randint", lambda *_: torch.tensor(3))
+    monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(part))
+    a, b = (x.double() for x in (image, other))
+    mean, spread, wanted, width = (
+        f(x, (1, 2)) for x in (a, b) for f in (torch.mean, lambda x, d: x.std(d, correction=0))
+    )
+    moved = [((a[c] - mean[c]) / spread[c] * (spread[c] + part * (width[c] - spread[c]))
+              + mean[c] + part * (wanted[c] - mean[c])) for c in range(3)]  # fmt: skip
+    found = dataset.recoloured(1, image)
+    assert found.dtype == torch.uint8
+    assert (found - torch.stack(moved).clamp(0, 255)).abs().max() <= 0.5001
+    assert torch.equal(found, image) == (part == 0)
+
+
+def test_colour_transfer_is_drawn_from_the_samples_seed_and_leaves_labels_alone():
+    dataset = open_dataset("synthetic", "train", length=4, size=(56, 112), cache=True)
+    dataset.transform = datasets.train_transform(dataset.info, **PLAIN, crop=(56, 112))
+    plain = [dataset[i, seed] for seed in range(5) for i in range(4)]
+    dataset.color_transfer = 0.5
+    once, again = ([dataset[i, seed] for seed in range(5) for i in range(4)] for _ in range(2))
+    for (image, target), (same, _), (_, expected) in zip(once, again, plain, strict=True):
+        assert torch.equal(image, same)
+        assert torch.equal(target, expected)
+    changed = sum(not torch.equal(image, unmoved) for (image, _), (unmoved, _) in zip(once, plain, strict=True))
+    assert 3 <= changed <= 17
+
+
 @pytest.mark.parametrize(("start", "window"), [((20, 31), (16, 24)), ((10, 4), (64, 96)), ((0, 0), (32, 48))])
 def test_scale_crop_is_resize_then_crop(start, window):
     generator = torch.Generator().manual_seed(0)
