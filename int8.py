@@ -614,11 +614,12 @@ class QuantLayer(nn.Module):
         self.register_buffer("weight_scale", None)
         self.reset_scale()
         self.mode, self.attention_dtype = "float", None
-        self.packed, self.kernel_correct = None, None  # the kernel's own layout; see check_kernel()
+        self.packed, self.packed_linear, self.kernel_correct = None, None, None  # of the kernels; see check_kernel()
         self.points, self.overwrites = (None, None), False  # of the input; of the output where it is an addend
 
     def __getstate__(self):
-        return self.__dict__ | {"packed": None, "kernel_correct": None}  # the kernels' own layout cannot be copied
+        own = dict.fromkeys(("packed", "packed_linear", "kernel_correct"))  # the kernels' own layout cannot be copied
+        return self.__dict__ | own
 
     def reset_scale(self):
         """The scale of the largest magnitude."""
@@ -723,12 +724,22 @@ class QuantLayer(nn.Module):
             addend, numbers = other.stored, other.point.numbers
         else:
             addend, scale, zero_point = read(other), 1.0, 0
-        if self.overwrites and isinstance(other, Lazy) and not other.exposed:
+        own = self.overwrites and isinstance(other, Lazy) and not other.exposed
+        if own:
             other.stored, other.point, other.make = None, None, _overwritten
-        else:
-            addend = addend.clone()  # the kernel writes the sum into it
-        y = self.kernel_add(x, addend, *numbers, scale, zero_point, addend.dtype, post)
+        y = self.kernel_add(x, addend, own, *numbers, scale, zero_point, addend.dtype, post)
         return read(y, form) if y.dtype != dtype else y
+
+    def linear_add(self, x, weight, zeros, other, own, other_scale, other_zero_point, scale, zero_point, dtype, post):
+        """A Linear kernel and a sum: into `other` if that is its own to write to, else beside it, which only floats
+        have a kernel for."""
+        if dtype == torch.uint8 and not own:
+            other, own = other.clone(), True
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            x, *self.points[0].numbers, weight, self.weight_scale, zeros, other, self.bias,
+            scale, zero_point, dtype, other_scale, other_zero_point, "sum" if own else "add", 1.0,
+            post.attr, list(post.args), post.algorithm,
+        )  # fmt: skip
 
 
 def _overwritten(_form):
@@ -792,12 +803,21 @@ class QuantConv2d(QuantLayer):
             scale, zero_point, dtype, post.attr, list(post.args), post.algorithm,
         )  # fmt: skip
 
-    def kernel_add(self, x, other, other_scale, other_zero_point, scale, zero_point, dtype, post):
+    def kernel_add(self, x, other, own, other_scale, other_zero_point, scale, zero_point, dtype, post):
+        """The kernel and a sum. It writes over `other` and then returns a copy; a 1 x 1 convolution is better off as
+        the Linear layer that it is at each place."""
         weight, zeros, places = self.packs(x)
         other = other.contiguous(memory_format=torch.channels_last)
+        numbers = other_scale, other_zero_point, scale, zero_point, dtype, post
+        if x.dim() == 4 and (self.kernel_size, *places) == ((1, 1), [1, 1], [0, 0], [1, 1], 1):
+            x, other = (t.permute(0, 2, 3, 1) for t in (x, other))
+            if self.packed_linear is None:
+                self.packed_linear = torch.ops.onednn.qlinear_prepack(self.weight_q.flatten(1), list(x.shape))
+            return self.linear_add(x, self.packed_linear, zeros, other, own, *numbers).permute(0, 3, 1, 2)
         return torch.ops.onednn.qconv2d_pointwise.binary(
-            x, *self.points[0].numbers, weight, self.weight_scale, zeros, other, self.bias, *places,
-            scale, zero_point, dtype, other_scale, other_zero_point, "sum", 1.0, post.attr, list(post.args), "",
+            x, *self.points[0].numbers, weight, self.weight_scale, zeros, other if own else other.clone(), self.bias,
+            *places, scale, zero_point, dtype, other_scale, other_zero_point, "sum", 1.0,
+            post.attr, list(post.args), "",
         )  # fmt: skip
 
 
@@ -832,13 +852,8 @@ class QuantLinear(QuantLayer):
             scale, zero_point, dtype, post.attr, list(post.args), post.algorithm,
         )  # fmt: skip
 
-    def kernel_add(self, x, other, other_scale, other_zero_point, scale, zero_point, dtype, post):
-        weight, zeros = self.packs(x)
-        return torch.ops.onednn.qlinear_pointwise.binary(
-            x, *self.points[0].numbers, weight, self.weight_scale, zeros, other.contiguous(), self.bias,
-            scale, zero_point, dtype, other_scale, other_zero_point, "sum", 1.0,
-            post.attr, list(post.args), post.algorithm,
-        )  # fmt: skip
+    def kernel_add(self, x, other, own, *numbers_and_post):
+        return self.linear_add(x, *self.packs(x), other.contiguous(), own, *numbers_and_post)
 
 
 class QuantConvTranspose2d(QuantLayer):

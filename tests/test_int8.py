@@ -469,25 +469,48 @@ def test_a_sum_is_not_written_over_what_others_still_see(view, monkeypatch):
     written, kernel_add = [], int8.QuantLinear.kernel_add
 
     def spy(layer, x, other, *args):
-        written.append(other.data_ptr() in memory)
-        return kernel_add(layer, x, other, *args)
+        before = other.clone()
+        out = kernel_add(layer, x, other, *args)
+        written.append(not torch.equal(other, before))
+        return out
 
     x = images(6, 7)
     simulated, _ = prepared(Kept(view).eval(), x)
     converted = copy.deepcopy(simulated)
     quantize.convert(converted)
-    memory, compute = set(), int8.QuantLayer.compute
-
-    def remember(layer, *args):
-        out = compute(layer, *args)
-        memory.add(out.data_ptr())
-        return out
-
     monkeypatch.setattr(int8.QuantLinear, "kernel_add", spy)
-    monkeypatch.setattr(int8.QuantLayer, "compute", remember)
     found, expected = converted(x), simulated(x)
-    assert written == [not view]  # in the place of the addend, or of a copy
+    assert written == [not view]  # in the place of the addend, or beside it
     assert torch.allclose(found, expected, atol=0.1)
+
+
+@KERNELS
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("size", [1, 3, None], ids=["1x1", "3x3", "linear"])
+@torch.no_grad()
+def test_a_kernel_adds_and_writes_over_what_is_its_own_alone(size, dtype, own):
+    plain = nn.Linear(16, 24) if size is None else nn.Conv2d(16, 24, size, padding=size // 2)
+    layer, point = (int8.QuantLinear if size is None else int8.QuantConv2d)(plain), Point()
+    layer.points = (point, None)
+    point.set_range(torch.tensor(-1.0), torch.tensor(2.0))
+    layer.convert()
+    point.freeze(int8=True)
+    shape = (2, 5, 6, 16) if size is None else (2, 16, 5, 6)
+    x = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    x = x.contiguous() if size is None else x
+    y = layer.kernel(x, 1.0, 0, torch.float32, int8.Post())
+    if dtype == torch.float32:
+        other, numbers = torch.randn_like(y), (1.0, 0, 1.0, 0)
+        expected = F.relu(y + other)
+    else:
+        other, numbers = torch.randint_like(y, 0, 256, dtype=torch.uint8), (0.02, 100, 0.03, 40)
+        expected = (F.relu(y + 0.02 * (other.float() - 100)) / 0.03 + 40).round().clamp(0, 255)
+    before = other.clone()
+    found = layer.kernel_add(x, other, own, *numbers, dtype, int8.Post(attr="relu"))
+    assert (found.float() - expected).abs().max() <= (1e-4 if dtype == torch.float32 else 1)
+    assert (found.float() - expected).abs().mean() <= 0.02
+    assert torch.equal(other, before) is not own
 
 
 @KERNELS
