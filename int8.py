@@ -487,8 +487,9 @@ def attention_products(query, key, value, scale=None, scores=2**20):
     """scaled_dot_product_attention() as matrix products and a softmax, of so many queries at once that their `scores`
     stay in the cache."""
     rows = max(1, scores // (math.prod(query.shape[:-2]) * key.shape[-2]))
-    parts = (query * (scale or query.shape[-1] ** -0.5)).split(rows, -2)
-    return torch.cat([(part @ key.mT).softmax(-1) @ value for part in parts], -2)
+    # once: a product copies what is not contiguous, each time
+    key, value = (key * (scale or query.shape[-1] ** -0.5)).contiguous(), value.contiguous()
+    return torch.cat([(part @ key.mT).softmax(-1) @ value for part in query.split(rows, -2)], -2)
 
 
 @functools.cache
