@@ -321,7 +321,7 @@ def compare_each_layer(model, x, monkeypatch):
     return len(steps) + len(floats) - 2, max(steps), max(floats)
 
 
-@pytest.mark.skipif(not int8.kernels(), reason="needs a CPU with AVX-512 VNNI or AMX")
+@KERNELS
 @pytest.mark.parametrize("padding", [0, 1, (2, 0)])
 @pytest.mark.parametrize("stride", [1, 2, 3, (2, 1)])
 @pytest.mark.parametrize("kernel", [1, 2, 3, (3, 5), 7])
