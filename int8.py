@@ -858,10 +858,10 @@ class QuantLinear(QuantLayer):
 
 
 class QuantConvTranspose2d(QuantLayer):
-    """A transposed convolution, which has no int8 kernel of its own: run as the convolution that it is (Shi et al. 2016,
-    arXiv 1609.07009). Outputs at one place within a stride come from the same taps of the weight, so a convolution
-    gives all places of a stride as channels, which are then spread; taps that a place does not have are 0. Where
-    windows do not overlap (kernel = stride) it is a 1 x 1 one without zeros.
+    """A transposed convolution, which has no int8 kernel of its own: run as the convolution that it is (Shi et al.
+    2016, arXiv 1609.07009). Outputs at one place within a stride come from the same taps of the weight, so a
+    convolution gives all places of a stride as channels, which are then spread; taps that a place does not have are 0.
+    Where windows do not overlap (kernel = stride) it is a 1 x 1 one without zeros.
     """
 
     axis = 1
