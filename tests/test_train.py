@@ -444,8 +444,8 @@ def another(action, value):
         return [action.option_strings[0]]
     if action.choices:
         return [action.option_strings[0], str(next(c for c in reversed(list(action.choices)) if c != value))]
-    shares = "cat_max_ratio train_share flip color_transfer dropout label_smoothing momentum ema ohem_thresh".split()
-    number = "0.3" if action.dest in shares else "9"
+    shares = ("cat_max_ratio", "train_share", "flip", "dropout", "label_smoothing", "momentum", "ema", "ohem_thresh")
+    number = "0.3" if action.dest in (*shares, "color_transfer") else "9"
     return [action.option_strings[0], *([number] * (action.nargs if isinstance(action.nargs, int) else 1))]
 
 
