@@ -732,8 +732,9 @@ class QuantLayer(nn.Module):
         return read(y, form) if y.dtype != dtype else y
 
     def linear_add(self, x, weight, zeros, other, own, other_scale, other_zero_point, scale, zero_point, dtype, post):
-        """A Linear kernel and a sum: into `other` if that is its own to write to, else beside it, which only floats
-        have a kernel for."""
+        """The Linear kernel of x (..., inputs), bytes, plus `other` (..., outputs), floats or bytes as `dtype` says:
+        written over `other` if `own`, else beside it, for which there is a kernel for floats alone. numbers and post:
+        as those of kernel()."""
         if dtype == torch.uint8 and not own:
             other, own = other.clone(), True
         return torch.ops.onednn.qlinear_pointwise.binary(
@@ -805,8 +806,8 @@ class QuantConv2d(QuantLayer):
         )  # fmt: skip
 
     def kernel_add(self, x, other, own, other_scale, other_zero_point, scale, zero_point, dtype, post):
-        """The kernel and a sum. It writes over `other` and then returns a copy; a 1 x 1 convolution is better off as
-        the Linear layer that it is at each place."""
+        """kernel() plus `other`, of the output's shape, which is written over if `own`. PyTorch's kernel then returns a
+        copy of that; a 1 x 1 convolution is better off as the Linear layer that it is at each place."""
         weight, zeros, places = self.packs(x)
         other = other.contiguous(memory_format=torch.channels_last)
         numbers = other_scale, other_zero_point, scale, zero_point, dtype, post

@@ -179,7 +179,7 @@ def prepare(model, images, *, activations=True, skip=(), **options):
     """
     removed = simplify(model)
     candidates = {n: m for n, m in model.named_modules() if type(m) in int8.KINDS and n not in skip}
-    weights_only, left = {}, dict.fromkeys(skip, "left out")
+    left = dict.fromkeys(skip, "left out")
     for name, layer in model.named_modules():
         if isinstance(layer, tuple(int8.KINDS)) and type(layer) not in int8.KINDS:
             left[name] = f"a {type(layer).__name__}"
@@ -191,14 +191,12 @@ def prepare(model, images, *, activations=True, skip=(), **options):
     layers = quant_layers(model)
     if not layers:
         raise ModelError("no layer of this network can be quantized")
-    called = {name: layer for name, layer in layers.items() if name not in weights_only}
-    wiring, macs = dict.fromkeys(layers, (None, None, False)), {}
+    wiring, macs, weights_only = dict.fromkeys(layers, (None, None, False)), {}, {}
     if activations:
-        traced, macs = int8.trace_reads(model, images, called)
-        wiring |= traced
-        weights_only |= {name: "not called as a layer" for name, row in traced.items() if row[0] is None}
+        wiring, macs = int8.trace_reads(model, images, layers)
+        weights_only = {name: "not called as a layer" for name, row in wiring.items() if row[0] is None}
     int8.connect(model, wiring)
-    return Prepared(wiring, removed, left, weights_only if activations else {}, macs)
+    return Prepared(wiring, removed, left, weights_only, macs)
 
 
 class Prepared(NamedTuple):

@@ -782,6 +782,16 @@ def test_a_dry_run_leaves_the_results_of_a_real_one(checkpoint, tmp_path, monkey
     assert (tmp_path / "checkpoints" / "dry-run" / "evaluate" / "results.json").exists()
 
 
+@pytest.mark.parametrize(("bf16", "chosen"), [(1.0, "bf16"), (1.9, "off")])
+def test_amp_auto_is_not_decided_by_one_interruption(bf16, chosen, monkeypatch):
+    now, ticks = 0.0, []
+    for turn in range(10):
+        for seconds in (2.0, 100.0 if turn == 3 else bf16):
+            ticks += [now, now := now + seconds]
+    monkeypatch.setattr(evaluate.time, "perf_counter", iter(ticks).__next__)
+    assert evaluate.choose_amp("auto", torch.device("cpu")) == chosen
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
