@@ -432,8 +432,9 @@ def count_macs(model, images):
     return counter.get_total_flops() // 2
 
 
-def milliseconds(functions, repeats):
-    """Median time of a call of each of `functions`, which take turns, after one of each that does not count."""
+def milliseconds(functions, repeats, of=statistics.median):
+    """Median time (or `of` the times) of each of `functions`, which take turns, after a call of each that does not
+    count."""
     times = [[] for _ in functions]
     for turn in range(repeats + 1):
         for function, taken in zip(functions, times, strict=True):
@@ -441,7 +442,7 @@ def milliseconds(functions, repeats):
             function()
             if turn:
                 taken.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]
+    return [of(taken) for taken in times]
 
 
 # ---- energy ---------------------------------------------------------------------------------------------------------

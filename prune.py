@@ -1003,11 +1003,12 @@ def remove_channels(model, images, amount, *, args, gradients=None, size=None):
 
 
 @torch.inference_mode()
-def layer_times(model, image, round_to, widths=12, repeats=3):
+def layer_times(model, image, round_to, widths=12, repeats=5):
     """{name of a weight: function of its shape that gives milliseconds} of the layers of a network on an image.
 
     A layer is timed at up to `widths` numbers of outputs and of inputs, multiples of round_to; what lies between is
-    interpolated, and both are taken to multiply. One in groups is timed as it is, a depthwise one by its outputs.
+    interpolated, and both are taken to multiply. One in groups is timed as it is, a depthwise one by its outputs. The
+    shortest of `repeats` times counts: other programs only make a call longer, each width's by chance.
     """
     inputs, seen = input_dims(model), {}
     watch(
@@ -1027,7 +1028,7 @@ def layer_times(model, image, round_to, widths=12, repeats=3):
                 *((-1, 0, small.in_features) if isinstance(small, nn.Linear) else (1, 0, small.in_channels))
             )
             some = torch.randn_like(some)
-            return evaluate.milliseconds([lambda: small(some)], repeats)[0]
+            return evaluate.milliseconds([lambda: small(some)], repeats, of=min)[0]
 
         def curve(axis):
             most = 1 if 1 < groups < layer.in_channels else widths

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -917,6 +918,26 @@ def test_two_of_four_and_layers_that_have_none(float_checkpoint, tmp_path, capsy
     shares = {name: where.float().mean().item() for name, where in found.items()}
     assert {round(share, 3) for share in shares.values()} <= {0.0, 0.5}
     assert 0.5 in shares.values()
+
+
+def test_times_of_layers_on_a_machine_that_others_use_too(monkeypatch):
+    """A clock that counts a call's weights, and for every fifth call half a second that another program took."""
+    clock, draws, forward = [0.0], random.Random(0), torch.nn.Conv2d.forward
+
+    def timed(self, x):
+        clock[0] += 1e-6 * self.weight.numel() + 0.5 * (draws.random() < 0.2)
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", timed)
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
+    model = build_model(model="unet", num_classes=CLASSES, width=16).eval()
+    tables = prune.layer_times(model, images(32, 32), 8)
+    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    assert len(layers) > 10
+    for name, layer in layers.items():
+        outputs, inputs, *kernel = layer.weight.shape
+        for shape in [(outputs, inputs), (outputs, inputs / 2), (outputs / 2, inputs), (outputs / 4, inputs / 4)]:
+            assert tables[name]([*shape, *kernel]) == pytest.approx(1e-3 * math.prod([*shape, *kernel]), rel=1e-6)
 
 
 @pytest.mark.parametrize(
