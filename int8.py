@@ -336,20 +336,20 @@ def read(x, form=None):
     return x if form is None else x.to(form)
 
 
-def _floats(value):
-    """An argument of a function of torch with a float tensor in place of each Lazy."""
+def floats(value):
+    """An argument or result of a function, with a float tensor in place of each Lazy."""
     if isinstance(value, Lazy):
         return value.expose()
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_floats, value))
-    return {k: _floats(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return type(value)(map(floats, value))
+    return {k: floats(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _torch_function(_cls, function, types, args=(), kwargs=None):
     kwargs = kwargs or {}
     handler = HANDLERS.get(function)
     out = handler(*args, **kwargs) if handler else NotImplemented
-    return function(*_floats(args), **_floats(kwargs)) if out is NotImplemented else out
+    return function(*floats(args), **floats(kwargs)) if out is NotImplemented else out
 
 
 def _activation(attr, function):
@@ -460,7 +460,7 @@ def _getitem(x, index):
     """Handler of indexing; with tensors it is no mere choice of values."""
     indices = index if isinstance(index, tuple) else (index,)
     if not all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in indices):
-        return x.expose()[_floats(index)]
+        return x.expose()[floats(index)]
     return _layout("__getitem__")(x, index)
 
 
@@ -561,7 +561,7 @@ OPERATORS = (
 
 
 def _operator(name):
-    return lambda self, *args: getattr(self.expose(), name)(*_floats(args))
+    return lambda self, *args: getattr(self.expose(), name)(*floats(args))
 
 
 for _name in OPERATORS.split():

@@ -375,7 +375,7 @@ def make_parser():
     add("--init", choices=("default", "svd", "data"), default="default", help="what A, and with svd B, start from")
     add("--lr-ratio", type=datasets.positive_float, default=1.0, help="learning rate of B over that of A")
     add("--norm-stats", action=yes_no, help="BatchNorm's statistics move; left out: with --method head and full")
-    add("--trunk", choices=("float", "int8"), default="float", help="what a backbone that is not trained runs in")
+    add("--trunk", choices=("float", "int8"), default="float", help="what runs the backbone's untrained first blocks")
     add("--cache-features", type=datasets.count, default=0, metavar="K", help="keep K views of each image; 0: do not")
     add("--minutes", type=datasets.positive_float, help="as many epochs as fit, by timed steps, in place of --epochs")
     parser.add_argument("--out", help="folder to write to; left out: checkpoints/lora")
@@ -433,7 +433,7 @@ def tune(args, command, parent, device, last):
         for name in start_from_data(model, train.calibration_images(args, device, 16)):
             print(f"starts as by default: {name}, which is not called as a layer")
     model.to(memory_format=torch.channels_last)  # of what is new
-    encode, train_set = trunk(args, model, full, parent.train_set, device)
+    encode, train_set = trunk(args, model, full, parent.train_set, device, patch.layers + patch.trained)
     objective = train.make_objective(args, model, parent.train_set, parent.out, device, encode=encode)
     plain = train.Objective(full, objective.loss, objective.aux_weight, objective.ignore_index).to(device)
     pair = {"": (objective, train_set), "_full": (plain, parent.train_set)}
@@ -477,13 +477,15 @@ def tune(args, command, parent, device, last):
     return report(args, command, parent, more, device, start)
 
 
-def trunk(args, model, full, train_set, device):
-    """(encode of the objective, None for the network's own; the training set) by --trunk and --cache-features."""
-    encode = None
-    if (args.trunk == "int8" or args.cache_features) and any(p.requires_grad for p in model.backbone.parameters()):
-        raise ModelError("--trunk int8 and --cache-features are of --method classifier, head and lora-head")
+def trunk(args, model, full, train_set, device, trained):
+    """(encode of the objective, None for the network's own; the training set) by --trunk and --cache-features.
+    trained: names of what is, in the model; full: the network before."""
+    encode, learning = None, [name for name in trained if name.startswith("backbone.")]
+    if args.cache_features and learning:
+        raise ModelError("--cache-features: features change as the backbone learns; it is for --method classifier, "
+                         "head and lora-head")  # fmt: skip
     if args.trunk == "int8":
-        encode = quantize.int8_encoder(full, train.calibration_images(args, device, 16))
+        encode = quantize.int8_encoder(full, train.calibration_images(args, device, 16), model, learning)
     if not args.cache_features:
         return encode, train_set
     args.workers, kept = 0, evaluate.AMP_DTYPES[args.amp] or torch.float32  # what is kept is in this process

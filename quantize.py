@@ -31,6 +31,7 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import contextlib
 import copy
 import functools
 import math
@@ -282,23 +283,57 @@ def convert(model, *, attention_dtype=None):
     int8.execute(model, int8=kernels(), attention_dtype=attention_dtype)
 
 
-def int8_encoder(model, batches):
-    """encode(images) of a copy of a float network in int8, made as --method ptq does by default; for features that are
-    not trained. batches: images to calibrate it on."""
-    model = copy.deepcopy(model)
+def int8_encoder(model, batches, adapted=None, trained=()):
+    """encode(images) of a copy of a float network in int8, made as --method ptq does by default.
+
+    batches: images to calibrate it on. adapted: the same network with something in it that learns; trained: the names
+    of that. The blocks of the backbone that run before the first with such a name are in int8, the others adapted's
+    own. ModelError where none is before it.
+    """
+    model, blocks = copy.deepcopy(model), blocks_in_order(model, batches[0])
+    learning = {block_of(model, name) for name in trained if name.startswith("backbone.")}
+    first = min((blocks.index(name) if name in blocks else 0 for name in learning), default=len(blocks))
+    if not first:
+        raise ModelError("--trunk int8: the backbone learns from its first block on; --targets can name later layers")
+    for name in blocks[:first] if learning else ():
+        model.get_submodule(name).register_forward_hook(lambda _block, _inputs, out: int8.floats(out))
+    later = tuple(f"{name}." for name in (*blocks[first:], "head"))
     simplify(model)
     smooth(model, batches[:8])
-    prepare(model, batches[0])
+    prepare(model, batches[0], skip=[n for n, _ in model.named_modules() if f"{n}.".startswith(later)])
     calibrate(model, batches, observer="mse")
     correct_bias(model, batches)
-    convert(model.eval(), attention_dtype=torch.bfloat16)
+    convert(model.eval().requires_grad_(False), attention_dtype=torch.bfloat16)
+    for name in blocks[first:]:
+        model.set_submodule(name, adapted.get_submodule(name))
+    return functools.partial(_encode, model, learning=bool(learning))  # who copies what holds it copies the network
 
-    @torch.no_grad()
-    def encode(images):
-        with torch.autocast(images.device.type, enabled=False):
-            return [read(feature) for feature in model.encode(images)]
 
-    return encode
+def _encode(model, images, *, learning):
+    whole = contextlib.nullcontext() if learning else torch.autocast(images.device.type, enabled=False)
+    with torch.set_grad_enabled(learning), whole:
+        return [read(feature) for feature in model.encode(images)]
+
+
+def block_of(model, name):
+    """The name of the block that something is in: of the outermost list's member, or else of its module."""
+    module, parts = model, name.split(".")
+    for i, part in enumerate(parts):
+        listed, module = isinstance(module, (nn.Sequential, nn.ModuleList)), getattr(module, part)
+        if listed:
+            return ".".join(parts[: i + 1])
+    return name if isinstance(module, nn.Module) else name.rpartition(".")[0]
+
+
+@models.no_grad
+def blocks_in_order(model, images):
+    """Names of the backbone's blocks, block_of() its layers, in the order in which they run."""
+    layers, called = [(n, m) for n, m in model.named_modules() if n.startswith("backbone.") and not [*m.children()]], []
+    hooks = [layer.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, layer in layers]
+    model.encode(images)
+    for hook in hooks:
+        hook.remove()
+    return list(dict.fromkeys(block_of(model, name) for name in called))
 
 
 def packed(state, small=2**16):

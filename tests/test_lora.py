@@ -409,6 +409,7 @@ def logits(path):
     [
         ["--method", "lora-full", "--dora"], ["--method", "lora-head", "--trunk", "int8", "--cache-features", "2"],
         ["--method", "head", "--cache-features", "1"], ["--method", "classifier", "--trunk", "int8"],
+        ["--trunk", "int8", "--ema", "0.9", "--targets", "head.*", "backbone.stages.3.*", "backbone.stages.2.*"],
         ["--init", "svd", "--rslora", "--ema", "0.9"], ["--init", "data", "--lr-ratio", "4", "--norm-stats"],
         ["--method", "full", "--amp", "bf16"],
     ],
@@ -537,8 +538,60 @@ def test_minutes_become_epochs_and_a_trained_backbone_has_no_cheap_trunk(base, t
     weights = base()
     flags = ["--weights", str(weights), "--out", str(tmp_path / "run"), *TINY[: TINY.index("--epochs")]]
     assert lora.main([*flags, "--method", "classifier", "--minutes", "0.0001"])["epochs"] == 1
-    with pytest.raises(ModelError, match="are of --method classifier"):
+    with pytest.raises(ModelError, match="learns from its first block on; --targets can name later layers"):
         run(weights, tmp_path / "run", "--trunk", "int8")
+    with pytest.raises(ModelError, match="it is for --method classifier"):
+        run(weights, tmp_path / "run", "--cache-features", "2", "--targets", "backbone.stages.3.*")
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "first"),
+    [(dict(backbone="dinov2-tiny", head="fpn"), "backbone.*.layer.[23].*_proj", "backbone.body.encoder.layer.2"),
+     (dict(backbone="mit-tiny", head="segformer"), "backbone.stages.2.*", "backbone.stages.2"),
+     (dict(backbone="resnet18", head="unet"), "backbone.stages.3.*", "backbone.stages.3"),
+     (dict(model="unet", width=4), "backbone.stages.[34].*", "backbone.stages.3")],
+    ids=str,
+)  # fmt: skip
+def test_int8_below_what_is_trained(build, targets, first):
+    """From what the int8 blocks hand on, outputs and gradients are those of the adapted network, to the bit; what they
+    hand on is the float network's, but for rounding; nothing below learns, and a copy learns by itself."""
+    torch.manual_seed(0)
+    model = build_model(num_classes=5, **build).eval()
+    full, batch, inputs = copy.deepcopy(model), noise(2, 3, 64, 96), {}
+    patch = lora.adapt(model, "lora-full", num_classes=5, targets=["head.*", targets], **OPTIONS)
+    for layer in lora.lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    encode = quantize.int8_encoder(full, [batch], model, patch.layers)
+    own = dict(model.named_parameters())
+    block = model.get_submodule(first)
+
+    def gradients(run):
+        model.zero_grad()
+        features = run()
+        sum((i + 1) * f.square().mean() for i, f in enumerate(features)).backward()
+        return features, {name: p.grad for name, p in own.items() if p.grad is not None}
+
+    hook = block.register_forward_pre_hook(lambda _, args: inputs.update(int8=args[0]))
+    features, found = gradients(lambda: encode(batch))
+    hook.remove()
+    hook = block.register_forward_pre_hook(
+        lambda _, args: (inputs.update(float=args[0]), (inputs["int8"], *args[1:]))[1]
+    )
+    expected, theirs = gradients(lambda: model.encode(batch))
+    hook.remove()
+    assert type(inputs["int8"]) is torch.Tensor
+    distance = (inputs["int8"] - inputs["float"]).norm() / inputs["float"].norm()
+    assert 0 < distance < 0.05
+    assert found.keys() == theirs.keys() == {n for n, p in own.items() if p.requires_grad and n.startswith("backbone.")}
+    assert all(torch.equal(found[name], grad) for name, grad in theirs.items())
+    assert torch.equal(features[-1], expected[-1])
+    twin, twin_encode = copy.deepcopy((model, encode))
+    with torch.no_grad():
+        for p in own.values():
+            p.add_(p.requires_grad)
+    assert not torch.equal(encode(batch)[-1], features[-1])
+    assert torch.equal(twin_encode(batch)[-1], features[-1])
+    assert {id(p) for p in twin.parameters()} > {id(p) for p in twin_encode.args[0].get_submodule(first).parameters()}
 
 
 def test_B_learns_faster_by_the_ratio():
