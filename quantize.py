@@ -309,6 +309,7 @@ def int8_encoder(model, batches, adapted=None, trained=()):
     return functools.partial(_encode, model, learning=bool(learning))  # who copies what holds it copies the network
 
 
+@torch.compiler.disable  # which takes no Lazy
 def _encode(model, images, *, learning):
     whole = contextlib.nullcontext() if learning else torch.autocast(images.device.type, enabled=False)
     with torch.set_grad_enabled(learning), whole:

@@ -412,6 +412,7 @@ def logits(path):
         ["--trunk", "int8", "--ema", "0.9", "--targets", "head.*", "backbone.stages.3.*", "backbone.stages.2.*"],
         ["--init", "svd", "--rslora", "--ema", "0.9"], ["--init", "data", "--lr-ratio", "4", "--norm-stats"],
         ["--method", "full", "--amp", "bf16"],
+        pytest.param(["--trunk", "int8", "--targets", "backbone.stages.3.*", "--compile"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )  # fmt: skip
