@@ -304,16 +304,24 @@ def int8_encoder(model, batches, adapted=None, trained=()):
     calibrate(model, batches, observer="mse")
     correct_bias(model, batches)
     convert(model.eval().requires_grad_(False), attention_dtype=torch.bfloat16)
-    for name in blocks[first:]:
-        model.set_submodule(name, adapted.get_submodule(name))
-    return functools.partial(_encode, model, learning=bool(learning))  # who copies what holds it copies the network
+    if not learning:
+        return functools.partial(_encode, model, {})  # who copies what holds it copies the network
+    return functools.partial(_encode, adapted, {name: model.get_submodule(name) for name in blocks[:first]})
 
 
 @torch.compiler.disable  # which takes no Lazy
-def _encode(model, images, *, learning):
-    whole = contextlib.nullcontext() if learning else torch.autocast(images.device.type, enabled=False)
-    with torch.set_grad_enabled(learning), whole:
-        return [read(feature) for feature in model.encode(images)]
+def _encode(model, blocks, images):
+    """Features of images, with {name: module} in the place of the model's own; without any, nothing of it learns."""
+    own = {name: model.get_submodule(name) for name in blocks}
+    whole = contextlib.nullcontext() if blocks else torch.autocast(images.device.type, enabled=False)
+    try:
+        for name, block in blocks.items():
+            model.set_submodule(name, block)
+        with torch.set_grad_enabled(bool(blocks)), whole:
+            return [read(feature) for feature in model.encode(images)]
+    finally:
+        for name, block in own.items():
+            model.set_submodule(name, block)
 
 
 def block_of(model, name):
