@@ -563,8 +563,9 @@ def draw_terms(student, control, teacher_miou, path):
         if rows:
             right.plot([row["epoch"] for row in rows], [row["miou"] for row in rows], marker="o", ms=3, label=name)
     right.axhline(teacher_miou, color="black", linestyle="--", linewidth=1, label="teacher")
-    right.set(xlabel="epoch", ylabel="mIoU (%)", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="mIoU (%)")
     for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
     evaluate.save_figure(figure, path)
