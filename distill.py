@@ -532,7 +532,10 @@ def report(args, command, teacher, parent, before, runs, device, start):
         error = more["gain_standard_error"]
         known = f"standard error {error:.2f}" if error is not None else "of one seed; --seeds 3 says how sure that is"
         gap = before["miou"] - statistics.mean(mious["control"])
-        print(f"gain by distillation: {more['gain']:+.2f} ({known}); the teacher is {gap:+.2f} from the control")
+        longer = sum(more["training_seconds"]["student"]) / sum(more["training_seconds"]["control"])
+        equal = "minutes" if args.minutes else f"steps, in {longer:.1f} times the time: --minutes gives both the same"
+        print(f"gain by distillation: {more['gain']:+.2f} ({known}) in equal {equal}")
+        print(f"the teacher is {gap:+.2f} from the control")
     print(f"{done['latency_ms'] / done['latency_ms_before']:.3f} of the teacher's latency; "
           f"{parent.out / 'best.pt'}; results.json and figures beside it")  # fmt: skip
     return done
