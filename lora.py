@@ -422,10 +422,8 @@ def tune(args, command, parent, device, last):
         soma=args.init == "svd", norm_stats=norm_stats, rank=args.rank, alpha=args.alpha, dropout=args.dropout,
         rslora=args.rslora, dora=args.dora,
     )  # fmt: skip
-    for kind, names in ((f"LoRA of rank {args.rank}", patch.layers), ("trained itself", patch.trained)):
-        like = collections.Counter(re.sub(r"(?<=\.)\d+", "*", name) for name in names)
-        if names and train.rank_and_world()[0] == 0:
-            print(f"{kind}:", ", ".join(f"{name} ({count})" for name, count in like.items()))
+    print_names(f"LoRA of rank {args.rank}", patch.layers)
+    print_names("trained itself", patch.trained)
     if args.init == "svd":
         for layer in lora_layers(model).values():
             layer.start_from_svd()
@@ -477,15 +475,26 @@ def tune(args, command, parent, device, last):
     return report(args, command, parent, more, device, start)
 
 
+def print_names(what, names):
+    """A line of names, those that differ by a number alone counted together; of the first process, if there are any."""
+    like = collections.Counter(re.sub(r"(?<=\.)\d+", "*", name) for name in names)
+    if names and train.rank_and_world()[0] == 0:
+        print(f"{what}:", ", ".join(f"{name} ({count})" for name, count in like.items()))
+
+
 def trunk(args, model, full, train_set, device, trained):
     """(encode of the objective, None for the network's own; the training set) by --trunk and --cache-features.
-    trained: names of what is, in the model; full: the network before."""
+
+    full: the network before it was adapted. trained: names of the layers and tensors of `model` that learn. Raises
+    ModelError where the backbone learns so much that a flag has nothing to do.
+    """
     encode, learning = None, [name for name in trained if name.startswith("backbone.")]
     if args.cache_features and learning:
         raise ModelError("--cache-features: features change as the backbone learns; it is for --method classifier, "
                          "head and lora-head")  # fmt: skip
     if args.trunk == "int8":
         encode = quantize.int8_encoder(full, train.calibration_images(args, device, 16), model, learning)
+        print_names("in int8", list(encode.args[1]) or ["backbone"])
     if not args.cache_features:
         return encode, train_set
     args.workers, kept = 0, evaluate.AMP_DTYPES[args.amp] or torch.float32  # what is kept is in this process

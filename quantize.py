@@ -284,14 +284,14 @@ def convert(model, *, attention_dtype=None):
 
 
 def int8_encoder(model, batches, adapted=None, trained=()):
-    """encode(images) of a copy of a float network in int8, made as --method ptq does by default.
+    """encode(images (N, 3, H, W)) -> feature maps, of a float network in int8, as --method ptq makes it by default.
 
-    batches: images to calibrate it on. adapted: the same network with something in it that learns; trained: the names
-    of that. The blocks of the backbone that run before the first with such a name are in int8, the others adapted's
-    own. ModelError where none is before it.
+    batches: images to calibrate it on; the network is copied. adapted: the same network with something in it that
+    learns; trained: names of that, of layers or tensors of the backbone. Its blocks before the first with such a name
+    run in int8, the others are adapted's own. ModelError where none is before it.
     """
     model, blocks = copy.deepcopy(model), blocks_in_order(model, batches[0])
-    learning = {block_of(model, name) for name in trained if name.startswith("backbone.")}
+    learning = {block_of(model, name) for name in trained}
     first = min((blocks.index(name) if name in blocks else 0 for name in learning), default=len(blocks))
     if not first:
         raise ModelError("--trunk int8: the backbone learns from its first block on; --targets can name later layers")
@@ -311,7 +311,7 @@ def int8_encoder(model, batches, adapted=None, trained=()):
 
 @torch.compiler.disable  # which takes no Lazy
 def _encode(model, blocks, images):
-    """Features of images, with {name: module} in the place of the model's own; without any, nothing of it learns."""
+    """model.encode(images) with blocks {name: module} in the place of its own; without any, nothing of it learns."""
     own = {name: model.get_submodule(name) for name in blocks}
     whole = contextlib.nullcontext() if blocks else torch.autocast(images.device.type, enabled=False)
     try:
@@ -325,7 +325,7 @@ def _encode(model, blocks, images):
 
 
 def block_of(model, name):
-    """The name of the block that something is in: of the outermost list's member, or else of its module."""
+    """The block that a module, or a tensor, is in, by name: the member of the outermost list, else the module."""
     module, parts = model, name.split(".")
     for i, part in enumerate(parts):
         listed, module = isinstance(module, (nn.Sequential, nn.ModuleList)), getattr(module, part)
@@ -336,7 +336,7 @@ def block_of(model, name):
 
 @models.no_grad
 def blocks_in_order(model, images):
-    """Names of the backbone's blocks, block_of() its layers, in the order in which they run."""
+    """Names of the backbone's blocks, block_of() its layers, in the order in which they run on images (N, 3, H, W)."""
     layers, called = [(n, m) for n, m in model.named_modules() if n.startswith("backbone.") and not [*m.children()]], []
     hooks = [layer.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, layer in layers]
     model.encode(images)

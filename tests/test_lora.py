@@ -417,10 +417,12 @@ def logits(path):
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_a_run_leaves_a_plain_network_an_adapter_of_it_and_the_base_as_it_was(flags, base, tmp_path):
+def test_a_run_leaves_a_plain_network_an_adapter_of_it_and_the_base_as_it_was(flags, base, tmp_path, capsys):
     weights = base()
     before = weights.read_bytes()
     done = run(weights, tmp_path / "run", *flags)
+    said = "in int8: " + ("backbone.stages.* (" if "--targets" in flags else "backbone (1)")
+    assert (said in capsys.readouterr().out) == ("--trunk" in flags)
     assert weights.read_bytes() == before
     model, checkpoint = load_checkpoint(weights)
     adapter, undo = models.load_adapter(model, checkpoint, tmp_path / "run" / "adapter.pt")
@@ -562,7 +564,8 @@ def test_int8_below_what_is_trained(build, targets, first):
     patch = lora.adapt(model, "lora-full", num_classes=5, targets=["head.*", targets], **OPTIONS)
     for layer in lora.lora_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.1)
-    encode = quantize.int8_encoder(full, [batch], model, patch.layers)
+    trained = [name for name in patch.layers if name.startswith("backbone.")]
+    encode = quantize.int8_encoder(full, [batch], model, trained)
     with torch.autocast("cpu", torch.bfloat16):
         encode(batch)
     if int8.kernels():  # each layer's was tried in the first call, and is to be used after it
