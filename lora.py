@@ -61,7 +61,8 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         gone, keep = min(max(1, round(256 * self.p)), 255), torch.empty_like(x)
         draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
-        torch.ge(draws.as_strided(x.shape, keep.stride()), gone, out=keep)
+        flat = keep.as_strided((x.numel(),), (1,))  # in the order of memory: the result is converted, not transposed
+        torch.ge(draws[: x.numel()], gone, out=flat)
         return x * keep.mul_(256 / (256 - gone))
 
 
