@@ -293,16 +293,20 @@ def targets_of(model, method, patterns):
     return [name for name in names if name in found]
 
 
-def adapt(model, method, *, num_classes, targets=(), soma=False, norm_stats=False, **options):
+def adapt(model, method, *, num_classes, targets=(), unfreeze=(), soma=False, norm_stats=False, **options):
     """Freeze a network, and make trainable, in place, what a method trains -> Adapted; no tensor of it is written.
 
-    targets: patterns in place of the method's. soma: biases learn, and the first third of the backbone's targets is
-    left alone. norm_stats: BatchNorm's statistics move. options: of LoRA.
+    targets: patterns in place of the method's. unfreeze: patterns of parameters that learn themselves. soma: biases
+    learn, and the first third of the backbone's targets is left alone. norm_stats: BatchNorm's statistics move.
+    options: of LoRA. Raises ModelError where a pattern names nothing.
     """
     own = models.skeleton(model.build, freeze_backbone=False).named_parameters()
-    classifier, part = models.classifier_of(model.build), {"full": "", "head": "head."}.get(method)
-    trained = classifier + [name for name, p in own if p.requires_grad and part is not None and name.startswith(part)]
-    chosen = [name for name in targets_of(model, method, targets) if f"{name}.weight" not in classifier]
+    names, trained = [name for name, p in own if p.requires_grad], models.classifier_of(model.build)
+    for pattern in (*{"full": ["*"], "head": ["head.*"]}.get(method, ()), *unfreeze):
+        if not (new := fnmatch.filter(names, pattern)):
+            raise ModelError(f"--unfreeze {pattern}: no parameter has such a name; one that is there is {names[0]}")
+        trained = trained + new
+    chosen = [name for name in targets_of(model, method, targets) if f"{name}.weight" not in trained]
     early = [name for name in chosen if name.startswith("backbone.")] if soma else []
     layers = {name: model.get_submodule(name) for name in chosen if name not in early[: round(len(early) / 3)]}
     small = [name for name, m in layers.items() if sum(map(math.prod, shapes(m, options["rank"]))) < m.weight.numel()]
@@ -355,8 +359,8 @@ def attach(model, adapter):
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 LORA_DEFAULTS = dict(dataset="synthetic-night", lr=None, warmup=10, weight_decay=0.0)  # in place of train.py's
-FIXED_FLAGS = ("weights", "method", "targets", "rank", "alpha", "dropout", "rslora", "dora", "init", "lr_ratio",
-               "norm_stats", "trunk", "cache_features", "minutes")  # fmt: skip
+FIXED_FLAGS = ("weights", "method", "targets", "unfreeze", "rank", "alpha", "dropout", "rslora", "dora", "init",
+               "lr_ratio", "norm_stats", "trunk", "cache_features", "minutes")  # fmt: skip
 FLOAT_ONLY = {"quantize": "is quantized: adapt the float checkpoint that it was made from, and quantize that"}
 
 
@@ -368,6 +372,7 @@ def make_parser():
     add("--weights", default="checkpoints/train/best.pt", help="float checkpoint to adapt; it is left as it is")
     add("--method", choices=[*METHODS, "all"], default="lora-full", help="what is trained; all: each, and a table")
     add("--targets", nargs="+", metavar="PATTERN", help="layers with LoRA, e.g. '*.fc1'; left out: the method's")
+    add("--unfreeze", nargs="+", metavar="PATTERN", help="parameters that learn themselves beside it, e.g. 'head.*'")
     add("--rank", type=datasets.positive_int, default=8, help="outputs of A")
     add("--alpha", type=datasets.positive_float, default=32.0, help="the branch counts alpha / rank")
     add("--dropout", type=datasets.share_below_1, default=0.1, help="on the input of the branch")
@@ -384,8 +389,8 @@ def make_parser():
     datasets.add_data_args(parser)
     train.add_train_args(parser)
     parser.set_defaults(**LORA_DEFAULTS)
-    branches, with_lora = "--targets --rank --alpha --dropout --rslora --dora --init --lr-ratio", ("all", "lora")
-    parser.only(branches, "methods with LoRA", lambda args: args.method.startswith(with_lora))
+    branches = "--targets --unfreeze --rank --alpha --dropout --rslora --dora --init --lr-ratio"
+    parser.only(branches, "methods with LoRA", lambda args: args.method.startswith(("all", "lora")))
     parser.only("--epochs", "runs without --minutes", lambda args: args.resume or not args.minutes)
     return parser
 
@@ -418,10 +423,11 @@ def tune(args, command, parent, device, last):
     norm_stats = args.method in ("head", "full") if args.norm_stats is None else args.norm_stats
     full, classes = copy.deepcopy(model), len(info.classes)
     adapt(full, "full", num_classes=classes, norm_stats=True, rank=args.rank)
+    targets, unfreeze = (args.targets, args.unfreeze or ()) if args.method.startswith("lora") else ((), ())
     patch = adapt(
-        model, args.method, num_classes=classes, targets=args.targets if args.method.startswith("lora") else (),
-        soma=args.init == "svd", norm_stats=norm_stats, rank=args.rank, alpha=args.alpha, dropout=args.dropout,
-        rslora=args.rslora, dora=args.dora,
+        model, args.method, num_classes=classes, targets=targets, unfreeze=unfreeze, soma=args.init == "svd",
+        norm_stats=norm_stats, rank=args.rank, alpha=args.alpha, dropout=args.dropout, rslora=args.rslora,
+        dora=args.dora,
     )  # fmt: skip
     print_names(f"LoRA of rank {args.rank}", patch.layers)
     print_names("trained itself", patch.trained)

@@ -346,6 +346,22 @@ def test_a_pattern_that_names_no_layer_is_refused():
     assert all(name.endswith("fc2") for name in patch.layers)
 
 
+def test_a_head_learns_itself_beside_lora_on_the_backbone():
+    model = build_model(num_classes=3, backbone="mit-tiny", head="fpn")
+    with pytest.raises(ModelError, match=r"--unfreeze heads\.\*: no parameter has such a name"):
+        lora.adapt(model, "lora-full", num_classes=3, unfreeze=["heads.*"], **OPTIONS)
+    count = {}
+    for method, unfreeze in (("head", []), ("lora-full", []), ("lora-full", ["head.*", "backbone.*.fc1.bias"])):
+        patch = lora.adapt(model, method, num_classes=3, unfreeze=unfreeze, **OPTIONS)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        count[len(count)] = {name for name in trained if name.startswith("head.")}, trained
+        patch.undo()
+    (head, _), (branches, without), (both, with_head) = count.values()
+    assert both == head > {name for name in branches if "lora_" not in name}
+    fc1 = {name for name, _ in model.named_parameters() if name.startswith("backbone.") and name.endswith("fc1.bias")}
+    assert with_head - both == (without - branches) | fc1 > fc1 > set()
+
+
 def test_depthwise_layers_are_trained_themselves():
     model = build_model(num_classes=3, backbone="mobilenet_v2", head="fpn")
     patch = lora.adapt(model, "lora-full", num_classes=3, rank=8)
